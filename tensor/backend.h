@@ -1,0 +1,150 @@
+// The contract of a device: the list of kernels that the engine owes. One class per device derives
+// from it (cpu/cpu_backend.h, cpu/reference/reference_backend.h, meta_backend.h, cuda/); a missing
+// kernel is a compile error. Read next: cpu/reference/, where each kernel is a plain loop.
+//
+// Conventions. Outputs first, then inputs, then scalars. Callers (autograd/) check shapes, dtypes and
+// devices and allocate outputs; a kernel checks only its own limits. Shapes below are row-major, the
+// last dimension contiguous; "rows" of a tensor may be strided (Tensor::row_stride) where it says so.
+// Activations, and their gradients, are of one float dtype per call: F32 or BF16 (F64 in the
+// reference backend); statistics, rstd, lse and every gradient of a parameter are F32 (F64 with F64).
+// Weights may be F32, BF16 or F16, whatever the file had. Sums are accumulated in F32 at least, in an
+// order that does not depend on the number of threads.
+//   T tokens in the packed batch   H hidden   D head_dim   V vocabulary   N, K, M matrix sizes
+#pragma once
+
+#include <span>
+#include <string>
+
+#include "tensor/random.h"
+#include "tensor/tensor.h"
+
+namespace graft {
+
+// One product of a gemm: alpha * op(a) op(b), op being the transpose where asked for.
+//   op(a) (M, K), op(b) (K, N); each F32, BF16 or F16, rows may be strided. A frozen weight of a
+//   linear layer (out, in) is b with transpose_b in the forward and without it for dX.
+struct GemmTerm {
+  Tensor a;
+  Tensor b;
+  bool transpose_a = false;
+  bool transpose_b = false;
+  double alpha = 1;
+};
+
+struct AdamWStep {
+  double learning_rate, beta1, beta2, epsilon, weight_decay;
+  int64_t step;  // from 1: bias correction is 1 - beta^step
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual std::string describe() const = 0;  // one line for people: which code runs and why
+
+  // Moves bytes and fills. dst and src have the same number of elements; dtypes may differ (rounded
+  // to nearest even); rows of either may be strided.
+  virtual void fill(Tensor& dst, double value) = 0;
+  virtual void copy(Tensor& dst, const Tensor& src) = 0;
+
+  // y = a + b, all the same shape and dtype; y may be a or b.
+  virtual void add(Tensor& y, const Tensor& a, const Tensor& b) = 0;
+  // y += alpha * x. y F32/F64 or of x's dtype; for accumulating gradients.
+  virtual void axpy(Tensor& y, const Tensor& x, double alpha) = 0;
+  // y = alpha * x; y may be x.
+  virtual void scale(Tensor& y, const Tensor& x, double alpha) = 0;
+
+  // c (M, N) = addend + bias + sum of the terms; accumulated in F32, rounded once to c's dtype.
+  //   addend (M, N) of c's dtype or undefined; it may be c itself (accumulate)
+  //   bias   (N), any float dtype, or undefined, added to every row
+  // One or two terms: two are the base product and the low-rank product of a LoRA layer in one pass.
+  // Rows of c, addend, a and b may be strided.
+  virtual void gemm(Tensor& c, std::span<const GemmTerm> terms, const Tensor& addend = {},
+                    const Tensor& bias = {}) = 0;
+  // db (N) F32 += or = sum over rows of dy (M, N).
+  virtual void sum_rows(Tensor& db, const Tensor& dy, bool accumulate) = 0;
+
+  // y (T, H) = weight[ids[t]], ids (T) I32, weight (V, H) any float dtype.
+  virtual void embedding_forward(Tensor& y, const Tensor& ids, const Tensor& weight) = 0;
+  // dweight (V, H) F32 += rows of dy (T, H) at ids, in token order.
+  virtual void embedding_backward(Tensor& dweight, const Tensor& ids, const Tensor& dy) = 0;
+
+  // RMSNorm (Zhang & Sennrich 2019): y = x * rstd * weight, rstd = 1 / sqrt(mean x^2 + eps), over the
+  // last dimension. x, y (..., H), x's rows may be strided; weight (H); rstd (rows) F32.
+  virtual void rms_norm_forward(Tensor& y, Tensor& rstd, const Tensor& x, const Tensor& weight,
+                                double eps) = 0;
+  // dx (like x), dweight (H) F32 accumulated; either may be undefined and is then not computed.
+  virtual void rms_norm_backward(Tensor& dx, Tensor& dweight, const Tensor& dy, const Tensor& x,
+                                 const Tensor& weight, const Tensor& rstd) = 0;
+
+  // Rotary position embedding (Su et al. 2021), halves as in Hugging Face: the pair (i, i + D/2) of
+  // every head turns by angle table(position, i). y, x (T, heads, D); y may be x;
+  //   cos_sin (positions, D) F32 (F64): cos in columns [0, D/2), sin in [D/2, D), any attention
+  //   factor multiplied in; positions (T) I32, row of cos_sin for each token;
+  //   direction +1 forward, -1 backward (the gradient of a rotation is the opposite rotation).
+  virtual void rope(Tensor& y, const Tensor& x, const Tensor& positions, const Tensor& cos_sin,
+                    int direction) = 0;
+
+  // Causal attention within each packed document, online softmax (Milakov & Gimelshein 2018; tiled
+  // as FlashAttention-2, Dao 2023). Document d owns rows [cu_q[d], cu_q[d+1]) of q and
+  // [cu_k[d], cu_k[d+1]) of k and v; its query i sees keys j <= i + (length_k - length_q), so that
+  // decoding with a KV cache is the same call. Query head h uses key head h / (heads / kv_heads).
+  //   out, q (Tq, heads, D); k, v (Tk, kv_heads, D); lse (heads, Tq) F32 natural log-sum-exp of the
+  //   scaled scores; cu_q, cu_k (documents + 1) I32 on the CPU. Rows are dense.
+  virtual void attention_forward(Tensor& out, Tensor& lse, const Tensor& q, const Tensor& k,
+                                 const Tensor& v, const Tensor& cu_q, const Tensor& cu_k,
+                                 double scale) = 0;
+  // dq, dk, dv like q, k, v; all are written (not accumulated). Self-attention: cu_q is cu_k.
+  virtual void attention_backward(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& dout,
+                                  const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens,
+                                  double scale) = 0;
+
+  // SwiGLU (Shazeer 2020): y = silu(gate) * up, elementwise; all (T, I).
+  virtual void swiglu_forward(Tensor& y, const Tensor& gate, const Tensor& up) = 0;
+  // dgate, dup from dy; either may be undefined; they may be gate, up themselves (in place).
+  virtual void swiglu_backward(Tensor& dgate, Tensor& dup, const Tensor& dy, const Tensor& gate,
+                               const Tensor& up) = 0;
+
+  // For each row n of a chunk of logits (N, V) F32 with label labels[n] in [0, V):
+  // losses[n] (N, F32) = logsumexp(logits[n]) - logits[n][label]; and, where with_gradient, the
+  // logits are overwritten by (softmax(logits[n]) - onehot(label)) * scale.
+  virtual void cross_entropy(Tensor& losses, Tensor& logits, const Tensor& labels, double scale,
+                             bool with_gradient) = 0;
+
+  // Rows of src (rows, C) at indices (n) I32 into dst (n, C), and back: dst[indices[i]] += src[i].
+  virtual void gather_rows(Tensor& dst, const Tensor& src, const Tensor& indices) = 0;
+  virtual void scatter_add_rows(Tensor& dst, const Tensor& src, const Tensor& indices) = 0;
+
+  // y (T, C) = dropout(x), or y += where accumulate, by the mask that `key` names (random.h): x / (1-p)
+  // where kept, else 0. Applying it to a gradient with the same key is the backward.
+  virtual void dropout(Tensor& y, const Tensor& x, double p, const DropoutKey& key,
+                       bool accumulate) = 0;
+
+  // sum of squares of x (F32), in F64, in a fixed order.
+  virtual double sum_of_squares(const Tensor& x) = 0;
+  // AdamW (Loshchilov & Hutter 2019; the arithmetic of torch.optim.AdamW) over flat F32 buffers. The gradient
+  // is multiplied by grad_scale first (clipping). `parameter`, m, v are updated.
+  virtual void adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& gradient,
+                     double grad_scale, const AdamWStep& step) = 0;
+};
+
+// The backend of a tensor: CPU F64 runs on the reference backend, Meta on the one that does nothing,
+// everything else on the backend in use for its device.
+Backend& backend_of(const Tensor& tensor);
+Backend& backend_of(Device device);
+
+Backend& reference_backend();  // plain loops, F32, BF16 and F64: the meaning of every kernel
+Backend& cpu_backend();        // the fast twins
+Backend& meta_backend();
+
+// While it lives, CPU tensors run on the reference backend. For tests.
+class UseReferenceBackend {
+ public:
+  UseReferenceBackend();
+  ~UseReferenceBackend();
+
+ private:
+  Backend* previous_;
+};
+
+}  // namespace graft
