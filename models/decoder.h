@@ -1,0 +1,90 @@
+// A Llama-shaped decoder: Llama, Qwen2 and Qwen3 differ by flags of ModelConfig.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "models/config.h"
+#include "nn/linear.h"
+
+namespace graft {
+
+// The tokens of some rows, packed one after the other; no padding.
+struct PackedBatch {
+  Tensor input_ids;   // (T) I32
+  Tensor positions;   // (T) I32, from 0 in each document
+  Tensor cu_seqlens;  // (documents + 1) I32
+  Tensor labels;      // (T) I32: the label of row t is the token that should follow it;
+                      // ops::kIgnoreLabel for none
+  int64_t num_tokens() const { return input_ids.num_elements(); }
+};
+// rows[d]: the ids of document d; labels[d][t] given as Hugging Face does (same length, -100 for
+// none, not shifted; the shift is done here). labels may be empty for none at all.
+PackedBatch pack(const std::vector<std::vector<int32_t>>& rows,
+                 const std::vector<std::vector<int32_t>>& labels = {});
+
+struct Attention {
+  Linear q_proj, k_proj, v_proj, o_proj;
+  RmsNorm q_norm, k_norm;  // Qwen3 only: weight undefined otherwise
+};
+struct Mlp {
+  Linear gate_proj, up_proj, down_proj;
+};
+struct DecoderLayer {
+  RmsNorm input_layernorm, post_attention_layernorm;
+  Attention self_attn;
+  Mlp mlp;
+};
+
+// Keys and values of the past, for generation: per layer (capacity, kv_heads, D), dense rows.
+struct KvCache {
+  std::vector<Tensor> k, v;
+  int64_t length = 0;
+  int64_t capacity = 0;
+};
+
+class Decoder {
+ public:
+  // Weights undefined until load_weights (models/weights.h), or random_init.
+  explicit Decoder(const ModelConfig& config, DType compute_dtype, Device device = Device::CPU);
+
+  const ModelConfig& config() const { return config_; }
+  DType compute_dtype() const { return compute_dtype_; }
+
+  // Hidden states after the final norm, (T, H). With checkpointing each layer is recomputed in the
+  // backward.
+  Variable forward(const PackedBatch& batch, const ForwardContext& context,
+                   bool gradient_checkpointing = false);
+  // scale * sum of the cross-entropy over labelled rows (see ops::linear_cross_entropy).
+  Variable loss(const PackedBatch& batch, const ForwardContext& context, double scale,
+                bool gradient_checkpointing = false, Tensor* token_losses = nullptr);
+  Tensor logits(const Tensor& hidden_states);  // (T, H) -> (T, V) F32; for few rows
+
+  // Runs new tokens (one document) behind what is in the cache, appends to it; hidden states (T,
+  // H).
+  Tensor forward_cached(const std::vector<int32_t>& ids, KvCache& cache);
+  KvCache make_cache(int64_t capacity) const;
+
+  // Names as in the checkpoint: model.embed_tokens.weight, model.layers.N. ..., model.norm.weight,
+  // lm_head.weight (the latter only where not tied; lm_head as a Linear is always visited, last, by
+  // its module name "lm_head").
+  void visit(const std::string& prefix, Visitor& visitor);
+
+  Embedding embed_tokens;
+  std::vector<DecoderLayer> layers;
+  RmsNorm norm;
+  Linear lm_head;  // tied: its weight is the same Variable as embed_tokens.weight
+
+ private:
+  Variable layer_forward(const DecoderLayer& layer, const Variable& x, const PackedBatch& batch,
+                         const ForwardContext& context);
+  ModelConfig config_;
+  DType compute_dtype_;
+  Device device_;
+  Tensor cos_sin_;  // (positions, D), grown when a longer row comes
+};
+
+// Parameters of the base, tied weights once.
+int64_t num_parameters(const ModelConfig& config);
+
+}  // namespace graft

@@ -1,0 +1,45 @@
+// Linear layer y = x W^T + b, to which a LoRA adapter may be attached.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "autograd/ops.h"
+#include "nn/module.h"
+
+namespace graft {
+
+// The low-rank pair of one linear layer. A (r, in), B (out, r): F32 leaves.
+struct LoraPair {
+  Variable a;
+  Variable b;
+  double scaling = 1;  // lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
+  double dropout_p = 0;
+  uint32_t module =
+      0;  // number of this layer among the adapted ones, in model order: keys its dropout
+};
+
+struct Linear {
+  Variable weight;                 // (out, in), in the dtype of the file
+  Variable bias;                   // (out) or undefined
+  std::unique_ptr<LoraPair> lora;  // null: none attached
+
+  Variable forward(const Variable& x, const ForwardContext& context) const;
+  void visit(const std::string& prefix, Visitor& visitor);
+  int64_t in_features() const { return weight.shape()[1]; }
+  int64_t out_features() const { return weight.shape()[0]; }
+};
+
+struct RmsNorm {
+  Variable weight;  // (H)
+  double eps = 1e-6;
+  Variable forward(const Variable& x) const { return ops::rms_norm(x, weight, eps); }
+  void visit(const std::string& prefix, Visitor& visitor);
+};
+
+struct Embedding {
+  Variable weight;  // (vocabulary, H)
+  void visit(const std::string& prefix, Visitor& visitor);
+};
+
+}  // namespace graft

@@ -1,0 +1,94 @@
+// LoRA configuration, target matching and attachment, as PEFT does them
+// (peft/tuners/tuners_utils.py).
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "nn/linear.h"
+
+namespace graft {
+
+// The keys of adapter_config.json that graft understands; the defaults are graft's own (PEFT's are
+// r 8, lora_alpha 8, no dropout).
+struct LoraConfig {
+  int64_t r = 16;
+  std::optional<double> lora_alpha;  // unset: 2 r
+  double lora_dropout = 0.05;
+  // Either a list of names (a module matches when it is one, or ends with "." + one), or, with
+  // target_is_regex, one regular expression that must match the whole module name. {"all-linear"}
+  // takes every linear layer but lm_head.
+  std::vector<std::string> target_modules = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
+                                             "gate_proj", "up_proj", "down_proj"};
+  bool target_is_regex = false;
+  std::vector<std::string> exclude_modules;
+  bool exclude_is_regex = false;
+  std::vector<int64_t> layers_to_transform;  // empty: all
+  // Keys are regular expressions, (.*\.)?(KEY)$ must match the module name; overlaps are an error.
+  std::vector<std::pair<std::string, int64_t>> rank_pattern;
+  std::vector<std::pair<std::string, double>> alpha_pattern;
+  bool use_rslora = false;
+  enum class Init {
+    KaimingUniform,
+    Gaussian,
+    Random
+  } init_lora_weights = Init::KaimingUniform;  // true, gaussian, false
+  std::string task_type = "CAUSAL_LM";
+  std::string base_model_name_or_path;
+
+  double alpha() const { return lora_alpha.value_or(2.0 * double(r)); }
+};
+
+// Throws Error for r < 1, dropout outside [0, 1), layers_to_transform with a regex, ...
+void validate(const LoraConfig& config);
+
+// What a module of the base gets: decided from its name alone.
+struct LoraTarget {
+  std::string name;  // "model.layers.0.self_attn.q_proj"
+  int64_t r = 0;
+  double scaling = 1;
+};
+// names: every linear module of the model, in model order, lm_head included. Throws an Error that
+// lists what could match when nothing does.
+std::vector<LoraTarget> match_targets(const LoraConfig& config,
+                                      const std::vector<std::string>& names);
+
+// Attaches fresh pairs to the layers of `model` (anything with visit()) that the config names,
+// initialised from `seed`: A by U(-1/sqrt(in), 1/sqrt(in)) (Kaiming uniform with a = sqrt 5) or
+// N(0, 1/r^2), B zero; Random fills both. Deterministic, and independent of the order of
+// allocation. On Device::Meta nothing is filled.
+template <class Model>
+std::vector<LoraTarget> attach_lora(Model& model, const LoraConfig& config, uint64_t seed);
+
+// The pieces attach_lora is made of, on a list of layers.
+struct NamedLinear {
+  std::string name;
+  Linear* linear;
+};
+std::vector<LoraTarget> attach_lora(const std::vector<NamedLinear>& layers,
+                                    const LoraConfig& config, uint64_t seed);
+
+template <class Model>
+std::vector<NamedLinear> linear_layers(Model& model) {
+  struct Collect : Visitor {
+    std::vector<NamedLinear> layers;
+    void linear(const std::string& name, Linear& module) override {
+      layers.push_back({name, &module});
+    }
+  } collect;
+  model.visit("", collect);
+  return std::move(collect.layers);
+}
+template <class Model>
+std::vector<LoraTarget> attach_lora(Model& model, const LoraConfig& config, uint64_t seed) {
+  return attach_lora(linear_layers(model), config, seed);
+}
+
+// PEFT's line: "trainable params: 9,175,040 || all params: 3,221,924,864 || trainable%: 0.2848".
+std::string trainable_parameters_line(int64_t trainable, int64_t all);
+
+}  // namespace graft

@@ -1,0 +1,48 @@
+// All trainable state in one flat buffer: F32 values (the master copy), gradients, and AdamW's m
+// and v. Zeroing, clipping and the optimizer step are one kernel each, and resuming is four
+// tensors.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "autograd/variable.h"
+#include "tensor/backend.h"
+
+namespace graft {
+
+class ParameterBuffer {
+ public:
+  struct Entry {
+    std::string name;  // "model.layers.0.self_attn.q_proj.lora_A"
+    Variable variable;
+    int64_t offset = 0;  // elements from the start of the buffer
+  };
+
+  // Takes over the leaves: their values are moved into the buffer (an F32 leaf becomes a view of
+  // it; another dtype keeps its working copy, refreshed by publish()), and their gradients become
+  // views of it.
+  ParameterBuffer(std::vector<std::pair<std::string, Variable>> leaves, Device device, Scope scope);
+
+  int64_t num_elements() const { return values_.num_elements(); }
+  const std::vector<Entry>& entries() const { return entries_; }
+  void zero_grad();
+  double grad_norm() const;  // L2 over all gradients
+  // Clips to max_grad_norm (0: no clipping) with torch's clip_grad_norm_ rule, then AdamW.
+  // grad_norm is what grad_norm() gave.
+  void step(const AdamWStep& adamw, double grad_norm, double max_grad_norm);
+
+  // Flat F32 tensors, for checkpoints.
+  Tensor& values() { return values_; }
+  Tensor& gradients() { return gradients_; }
+  Tensor& m() { return m_; }
+  Tensor& v() { return v_; }
+  void publish();  // values -> working copies; after loading a checkpoint too
+
+ private:
+  std::vector<Entry> entries_;
+  Tensor values_, gradients_, m_, v_;
+};
+
+}  // namespace graft
