@@ -34,10 +34,10 @@ struct MemoryStats {
   std::array<int64_t, kNumScopes> live{};  // bytes handed out now, rounded up to blocks
   std::array<int64_t, kNumScopes> peak{};  // the most that was live in each scope since reset_peak
   int64_t live_total = 0;
-  int64_t peak_total = 0;      // the most that was live at once: not the sum of the scopes' peaks
-  int64_t reserved = 0;        // bytes held from the system, live and cached
+  int64_t peak_total = 0;  // the most that was live at once: not the sum of the scopes' peaks
+  int64_t reserved = 0;    // bytes held from the system, live and cached
   int64_t reserved_peak = 0;
-  int64_t system_calls = 0;    // how often the system was asked; must not grow after the first step
+  int64_t system_calls = 0;  // how often the system was asked; must not grow after the first step
 };
 
 class Allocator {
@@ -47,8 +47,8 @@ class Allocator {
   Allocator(const Allocator&) = delete;
   Allocator& operator=(const Allocator&) = delete;
 
-  // At least `bytes` bytes, aligned to 64, contents unspecified. Throws Error with the table of totals
-  // and what to change when the device has no memory left.
+  // At least `bytes` bytes, aligned to 64, contents unspecified. Throws Error with the table of
+  // totals and what to change when the device has no memory left.
   void* allocate(int64_t bytes, Scope scope);
   // Bytes must be what was asked for.
   void free(void* pointer, int64_t bytes, Scope scope);
@@ -60,7 +60,7 @@ class Allocator {
  private:
   RawMemory& memory_;
   mutable std::mutex mutex_;
-  std::multimap<int64_t, void*> cached_;  // block size -> block
+  std::multimap<int64_t, void*> cached_;            // block size -> block
   std::unordered_map<void*, int64_t> block_bytes_;  // of every block, live or cached
   MemoryStats stats_;
 };

@@ -2,13 +2,13 @@
 // from it (cpu/cpu_backend.h, cpu/reference/reference_backend.h, meta_backend.h, cuda/); a missing
 // kernel is a compile error. Read next: cpu/reference/, where each kernel is a plain loop.
 //
-// Conventions. Outputs first, then inputs, then scalars. Callers (autograd/) check shapes, dtypes and
-// devices and allocate outputs; a kernel checks only its own limits. Shapes below are row-major, the
-// last dimension contiguous; "rows" of a tensor may be strided (Tensor::row_stride) where it says so.
-// Activations, and their gradients, are of one float dtype per call: F32 or BF16 (F64 in the
-// reference backend); statistics, rstd, lse and every gradient of a parameter are F32 (F64 with F64).
-// Weights may be F32, BF16 or F16, whatever the file had. Sums are accumulated in F32 at least, in an
-// order that does not depend on the number of threads.
+// Conventions. Outputs first, then inputs, then scalars. Callers (autograd/) check shapes, dtypes
+// and devices and allocate outputs; a kernel checks only its own limits. Shapes below are
+// row-major, the last dimension contiguous; "rows" of a tensor may be strided (Tensor::row_stride)
+// where it says so. Activations, and their gradients, are of one float dtype per call: F32 or BF16
+// (F64 in the reference backend); statistics, rstd, lse and every gradient of a parameter are F32
+// (F64 with F64). Weights may be F32, BF16 or F16, whatever the file had. Sums are accumulated in
+// F32 at least, in an order that does not depend on the number of threads.
 //   T tokens in the packed batch   H hidden   D head_dim   V vocabulary   N, K, M matrix sizes
 #pragma once
 
@@ -56,8 +56,8 @@ class Backend {
   // c (M, N) = addend + bias + sum of the terms; accumulated in F32, rounded once to c's dtype.
   //   addend (M, N) of c's dtype or undefined; it may be c itself (accumulate)
   //   bias   (N), any float dtype, or undefined, added to every row
-  // One or two terms: two are the base product and the low-rank product of a LoRA layer in one pass.
-  // Rows of c, addend, a and b may be strided.
+  // One or two terms: two are the base product and the low-rank product of a LoRA layer in one
+  // pass. Rows of c, addend, a and b may be strided.
   virtual void gemm(Tensor& c, std::span<const GemmTerm> terms, const Tensor& addend = {},
                     const Tensor& bias = {}) = 0;
   // db (N) F32 += or = sum over rows of dy (M, N).
@@ -68,8 +68,8 @@ class Backend {
   // dweight (V, H) F32 += rows of dy (T, H) at ids, in token order.
   virtual void embedding_backward(Tensor& dweight, const Tensor& ids, const Tensor& dy) = 0;
 
-  // RMSNorm (Zhang & Sennrich 2019): y = x * rstd * weight, rstd = 1 / sqrt(mean x^2 + eps), over the
-  // last dimension. x, y (..., H), x's rows may be strided; weight (H); rstd (rows) F32.
+  // RMSNorm (Zhang & Sennrich 2019): y = x * rstd * weight, rstd = 1 / sqrt(mean x^2 + eps), over
+  // the last dimension. x, y (..., H), x's rows may be strided; weight (H); rstd (rows) F32.
   virtual void rms_norm_forward(Tensor& y, Tensor& rstd, const Tensor& x, const Tensor& weight,
                                 double eps) = 0;
   // dx (like x), dweight (H) F32 accumulated; either may be undefined and is then not computed.
@@ -115,21 +115,21 @@ class Backend {
   virtual void gather_rows(Tensor& dst, const Tensor& src, const Tensor& indices) = 0;
   virtual void scatter_add_rows(Tensor& dst, const Tensor& src, const Tensor& indices) = 0;
 
-  // y (T, C) = dropout(x), or y += where accumulate, by the mask that `key` names (random.h): x / (1-p)
-  // where kept, else 0. Applying it to a gradient with the same key is the backward.
+  // y (T, C) = dropout(x), or y += where accumulate, by the mask that `key` names (random.h): x /
+  // (1-p) where kept, else 0. Applying it to a gradient with the same key is the backward.
   virtual void dropout(Tensor& y, const Tensor& x, double p, const DropoutKey& key,
                        bool accumulate) = 0;
 
   // sum of squares of x (F32), in F64, in a fixed order.
   virtual double sum_of_squares(const Tensor& x) = 0;
-  // AdamW (Loshchilov & Hutter 2019; the arithmetic of torch.optim.AdamW) over flat F32 buffers. The gradient
-  // is multiplied by grad_scale first (clipping). `parameter`, m, v are updated.
+  // AdamW (Loshchilov & Hutter 2019; the arithmetic of torch.optim.AdamW) over flat F32 buffers.
+  // The gradient is multiplied by grad_scale first (clipping). `parameter`, m, v are updated.
   virtual void adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& gradient,
                      double grad_scale, const AdamWStep& step) = 0;
 };
 
-// The backend of a tensor: CPU F64 runs on the reference backend, Meta on the one that does nothing,
-// everything else on the backend in use for its device.
+// The backend of a tensor: CPU F64 runs on the reference backend, Meta on the one that does
+// nothing, everything else on the backend in use for its device.
 Backend& backend_of(const Tensor& tensor);
 Backend& backend_of(Device device);
 

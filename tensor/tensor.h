@@ -1,7 +1,8 @@
 // Tensor: a shape, a dtype and a place in a Storage. A value type; copying shares the bytes.
 // Row-major: the last dimension is contiguous, and the one free stride is that of the rows (of
 // dimension rank-2, all outer dimensions being dense over it), so views are reshape, a slice of
-// dimension 0, and a slice of columns. Tensors know nothing of gradients (autograd/variable.h does).
+// dimension 0, and a slice of columns. Tensors know nothing of gradients (autograd/variable.h
+// does).
 #pragma once
 
 #include <cstdint>
@@ -17,8 +18,8 @@
 
 namespace graft {
 
-// One allocation. Frees its bytes into the device's allocator, or keeps `owner` (a mapped file, say)
-// alive for as long as a tensor points into it.
+// One allocation. Frees its bytes into the device's allocator, or keeps `owner` (a mapped file,
+// say) alive for as long as a tensor points into it.
 class Storage {
  public:
   Storage(int64_t bytes, Device device, Scope scope);
@@ -72,9 +73,9 @@ class Tensor {
   bool is_contiguous() const { return row_stride_ == cols() || num_rows() <= 1; }
 
   // Views: they share the bytes.
-  Tensor reshape(Shape shape) const;                         // this must be contiguous
-  Tensor slice_rows(int64_t begin, int64_t end) const;       // of dimension 0
-  Tensor slice_cols(int64_t begin, int64_t end) const;       // of the last dimension; rank 2
+  Tensor reshape(Shape shape) const;                    // this must be contiguous
+  Tensor slice_rows(int64_t begin, int64_t end) const;  // of dimension 0
+  Tensor slice_cols(int64_t begin, int64_t end) const;  // of the last dimension; rank 2
 
   void* raw() const { return static_cast<char*>(storage_->data()) + byte_offset_; }
   template <class T>

@@ -1,0 +1,178 @@
+#include "tensor/allocator.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+
+#include "tensor/check.h"
+
+namespace graft {
+namespace {
+
+constexpr int64_t kSmall = 64;       // granularity of small blocks, and the alignment of all
+constexpr int64_t kLarge = 1 << 20;  // from here on: pages
+constexpr int64_t kPage = 4096;
+constexpr int64_t kHugePage = 2 << 20;
+
+// Blocks come in sizes 1/8 of a power of two apart, so that rows of almost the same length reuse
+// the same block and at most 12.5 % of one is unused.
+int64_t block_size(int64_t bytes) {
+  bytes = std::max(bytes, kSmall);
+  int64_t power = kSmall;
+  while (power * 2 <= bytes) power *= 2;
+  const int64_t step = std::max(power / 8, bytes >= kLarge ? kPage : kSmall);
+  return (bytes + step - 1) / step * step;
+}
+
+// Anonymous pages, huge ones where the system has them: a 1 GB activation is 512 faults, not
+// 262,144.
+class CpuMemory : public RawMemory {
+ public:
+  void* system_allocate(size_t bytes) override {
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) return nullptr;
+    if (int64_t(bytes) >= kHugePage) madvise(p, bytes, MADV_HUGEPAGE);
+    return p;
+  }
+  void system_free(void* pointer, size_t bytes) override { munmap(pointer, bytes); }
+};
+
+// Address space alone: nothing may be read or written there.
+class MetaMemory : public RawMemory {
+ public:
+  void* system_allocate(size_t bytes) override {
+    void* p = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return p == MAP_FAILED ? nullptr : p;
+  }
+  void system_free(void* pointer, size_t bytes) override { munmap(pointer, bytes); }
+};
+
+std::string megabytes(int64_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1f MiB", double(bytes) / (1 << 20));
+  return text;
+}
+
+}  // namespace
+
+std::string_view scope_name(Scope scope) {
+  switch (scope) {
+    case Scope::Weights:
+      return "weights";
+    case Scope::Adapters:
+      return "adapters";
+    case Scope::Optimizer:
+      return "optimizer";
+    case Scope::Activations:
+      return "activations";
+    case Scope::Scratch:
+      return "scratch";
+  }
+  fail("scope: unknown value ", int(scope));
+}
+
+Allocator::~Allocator() { release_cached(); }
+
+void* Allocator::allocate(int64_t bytes, Scope scope) {
+  CHECK(bytes >= 0, "allocate: ", bytes, " bytes");
+  const int64_t size = block_size(bytes);
+  std::unique_lock lock(mutex_);
+  // The smallest cached block that fits and wastes at most an eighth.
+  void* pointer = nullptr;
+  auto found = cached_.lower_bound(size);
+  if (found != cached_.end() && found->first <= size + size / 8) {
+    pointer = found->second;
+    cached_.erase(found);
+  } else {
+    const size_t mapped = size_t((size + kPage - 1) / kPage * kPage);
+    pointer = memory_.system_allocate(mapped);
+    if (!pointer) {  // what is cached may be just what is missing
+      for (auto& [block, p] : cached_) {
+        stats_.reserved -= block;
+        block_bytes_.erase(p);
+        memory_.system_free(p, size_t((block + kPage - 1) / kPage * kPage));
+      }
+      cached_.clear();
+      pointer = memory_.system_allocate(mapped);
+    }
+    if (!pointer) {
+      lock.unlock();
+      fail("out of memory: ", megabytes(size), " more for ", scope_name(scope), " on top of\n",
+           table(),
+           "lower per_device_train_batch_size or max_seq_length, or set gradient_checkpointing");
+    }
+    block_bytes_[pointer] = size;
+    stats_.reserved += size;
+    stats_.reserved_peak = std::max(stats_.reserved_peak, stats_.reserved);
+    ++stats_.system_calls;
+  }
+  const int64_t got = block_bytes_[pointer];
+  const int i = int(scope);
+  stats_.live[i] += got;
+  stats_.live_total += got;
+  stats_.peak[i] = std::max(stats_.peak[i], stats_.live[i]);
+  stats_.peak_total = std::max(stats_.peak_total, stats_.live_total);
+  return pointer;
+}
+
+void Allocator::free(void* pointer, int64_t bytes, Scope scope) {
+  std::lock_guard lock(mutex_);
+  const auto found = block_bytes_.find(pointer);
+  CHECK(found != block_bytes_.end() && found->second >= bytes,
+        "free: not a block of this allocator");
+  stats_.live[int(scope)] -= found->second;
+  stats_.live_total -= found->second;
+  cached_.emplace(found->second, pointer);
+}
+
+void Allocator::release_cached() {
+  std::lock_guard lock(mutex_);
+  for (auto& [block, pointer] : cached_) {
+    stats_.reserved -= block;
+    block_bytes_.erase(pointer);
+    memory_.system_free(pointer, size_t((block + kPage - 1) / kPage * kPage));
+  }
+  cached_.clear();
+}
+
+void Allocator::reset_peak() {
+  std::lock_guard lock(mutex_);
+  stats_.peak = stats_.live;
+  stats_.peak_total = stats_.live_total;
+  stats_.reserved_peak = stats_.reserved;
+}
+
+MemoryStats Allocator::stats() const {
+  std::lock_guard lock(mutex_);
+  return stats_;
+}
+
+std::string Allocator::table() const {
+  const MemoryStats now = stats();
+  std::string text;
+  for (int i = 0; i < kNumScopes; ++i)
+    text += concat("  ", scope_name(Scope(i)), ": ", megabytes(now.live[i]), " (peak ",
+                   megabytes(now.peak[i]), ")\n");
+  return text + concat("  total: ", megabytes(now.live_total), " (peak ", megabytes(now.peak_total),
+                       ", held from the system ", megabytes(now.reserved), ")\n");
+}
+
+Allocator& allocator_of(Device device) {
+  // Never destroyed: tensors with static storage duration may outlive any order of destructors.
+  static CpuMemory& cpu_memory = *new CpuMemory;
+  static MetaMemory& meta_memory = *new MetaMemory;
+  static Allocator& cpu = *new Allocator(cpu_memory);
+  static Allocator& meta = *new Allocator(meta_memory);
+  switch (device) {
+    case Device::CPU:
+      return cpu;
+    case Device::Meta:
+      return meta;
+    case Device::CUDA:
+      break;
+  }
+  fail("allocator: this build has no memory on ", device_name(device));
+}
+
+}  // namespace graft
