@@ -2,6 +2,7 @@
 # Nothing here draws a random number without a seed that its caller names.
 import json
 import os
+import warnings
 import shutil
 
 import torch
@@ -15,6 +16,7 @@ torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def round9(value):

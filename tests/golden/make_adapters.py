@@ -1,0 +1,63 @@
+# Adapters that PEFT wrote, with PEFT's logits; and adapters that graft must refuse.
+from adapters import describe, parameters_line, save, wrap
+from common import MODELS, fresh_folder, generator, largest_difference, load_model, logits_of
+from common import write_json
+
+import torch
+from peft import PeftModel
+
+ROW_LENGTHS = (17, 9)
+
+PATTERNS = {"use_rslora": True, "rank_pattern": {"q_proj": 2, r"model.layers.1.mlp.down_proj": 6},
+            "alpha_pattern": {"v_proj": 3, r"layers\.1\.self_attn\.q_proj": 16}}
+
+# case: (model, seed, other keys of LoraConfig)
+CASES = {
+    "llama_gqa": ("llama_gqa", 101, {}),
+    "qwen2_tied": ("qwen2_tied", 102, {}),
+    "qwen3_tied": ("qwen3_tied", 103, {}),
+    "patterns": ("qwen3_tied", 104, {**PATTERNS, "layers_to_transform": [1]}),
+    "patterns_all_layers": ("qwen2_tied", 105, PATTERNS),
+    "regex": ("llama_gqa", 106, {"target_modules": r".*\.1\.(self_attn\.[qv]_proj|mlp\.\w+_proj)"}),
+}
+# Sound in PEFT; graft knows none of them yet and has to say so, by name.
+REFUSED = {
+    "refused_dora": ("llama_gqa", 111, {"use_dora": True}),
+    "refused_bias_lora_only": ("qwen2_tied", 112, {"bias": "lora_only"}),
+    "refused_modules_to_save": ("llama_gqa", 113, {"modules_to_save": ["lm_head"]}),
+    "refused_lora_bias": ("llama_bias", 114, {"lora_bias": True}),
+    "refused_embedding": ("llama_gqa", 115, {"target_modules": ["embed_tokens", "q_proj"]}),
+}
+
+
+def make(case, name, seed, config):
+    folder = fresh_folder("adapters", case)
+    gen = generator(1000 + seed)
+    rows = [torch.randint(3, 96, (n,), generator=gen).tolist() for n in ROW_LENGTHS]
+    base = [logits_of(load_model(name), r) for r in rows]
+    model = wrap(load_model(name), seed, **config)
+    save(model, folder)
+
+    loaded = PeftModel.from_pretrained(load_model(name), folder).eval()
+    logits = [logits_of(loaded, r) for r in rows]
+    assert all(torch.equal(logits_of(model, r), l) for r, l in zip(rows, logits)), case
+    half = PeftModel.from_pretrained(load_model(name, torch.bfloat16), folder).eval()
+    effect = largest_difference(base, logits)
+    assert effect > 0.05, (case, effect)
+    write_json(f"{folder}/golden.json", {
+        "model": f"{MODELS}/{name}", "input_ids": rows, "logits": logits,
+        "logits_bf16": logits_of(half, rows[0]), "modules": describe(loaded),
+        "parameters_line": parameters_line(model)})
+    print(f"{case}: the adapter moves the logits by {effect:.2f} of the largest")
+
+
+def main():
+    for case, (name, seed, config) in CASES.items():
+        make(case, name, seed, config)
+    for case, (name, seed, config) in REFUSED.items():
+        save(wrap(load_model(name), seed, **config), fresh_folder("adapters", case))
+        print(case)
+
+
+if __name__ == "__main__":
+    main()

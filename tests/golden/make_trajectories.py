@@ -1,0 +1,164 @@
+# Training by PEFT, step by step: what graft has to give from the same model, adapter and batches.
+# Loss and gradient are sums over the labelled tokens of both micro-batches, over their number.
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import get_scheduler
+
+from adapters import factors, save, wrap
+from common import MODELS, fresh_folder, generator, load_model, write_json
+from make_adapters import PATTERNS
+
+STEPS, WARMUP, MICRO_BATCHES, ROWS = 20, 3, 2, 2
+RECIPE = {"learning_rate": 1e-2, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8,
+          "weight_decay": 0.0, "max_grad_norm": 1.0, "lr_scheduler_type": "cosine",
+          "warmup_steps": WARMUP, "max_steps": STEPS}
+
+# case: (model, seed, keys of LoraConfig, changes to the recipe)
+CASES = {
+    "llama_gqa": ("llama_gqa", 201, {}, {}),
+    "qwen2_tied": ("qwen2_tied", 202, {}, {}),
+    "qwen3_tied": ("qwen3_tied", 203, {}, {"weight_decay": 0.01}),
+    "patterns": ("qwen3_tied", 204, PATTERNS, {}),
+    "layers_to_transform": ("llama_gqa", 205, {"layers_to_transform": [1]}, {}),
+}
+
+
+def make_batches(seed, steps):
+    """batches[step][micro-batch][row] = {input_ids, labels}. A row counts upwards by a stride of its
+    own, so there is something to learn; its first third, the prompt, has no labels."""
+    gen = generator(seed)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (1,), generator=gen))
+
+    def row():
+        length, start, stride = draw(6, 19), draw(0, 90), draw(1, 4)
+        ids = [3 + (start + i * stride) % 90 for i in range(length)]
+        masked = length // 3
+        return {"input_ids": ids, "labels": [-100] * masked + ids[masked:]}
+
+    return [[[row() for _ in range(ROWS)] for _ in range(MICRO_BATCHES)] for _ in range(steps)]
+
+
+def pad(rows):
+    longest = max(len(r["input_ids"]) for r in rows)
+
+    def fill(key, value):
+        return torch.tensor([r[key] + [value] * (longest - len(r[key])) for r in rows])
+
+    mask = torch.tensor([[int(i < len(r["input_ids"])) for i in range(longest)] for r in rows])
+    return {"input_ids": fill("input_ids", 0), "labels": fill("labels", -100),
+            "attention_mask": mask}
+
+
+def train(model, recipe, batches, split_rows=False):
+    """Losses, gradient norms before clipping and learning rates, one of each for every step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=recipe["learning_rate"], eps=recipe["adam_epsilon"],
+        betas=(recipe["adam_beta1"], recipe["adam_beta2"]), weight_decay=recipe["weight_decay"])
+    schedule = get_scheduler(recipe["lr_scheduler_type"], optimizer,
+                             num_warmup_steps=recipe["warmup_steps"],
+                             num_training_steps=recipe["max_steps"])
+    losses, norms, rates = [], [], []
+    for batch in batches:
+        micro = [[row] for rows in batch for row in rows] if split_rows else batch
+        labelled = sum(l != -100 for rows in batch for r in rows for l in r["labels"][1:])
+        loss = 0.0
+        for rows in micro:
+            part = model(**pad(rows), num_items_in_batch=labelled, use_cache=False).loss
+            part.backward()
+            loss += part.item()
+        losses.append(loss)
+        norms.append(torch.nn.utils.clip_grad_norm_(trained, recipe["max_grad_norm"]).item())
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return losses, norms, rates
+
+
+def distance(values, reference):
+    """Of two dictionaries of tensors: largest absolute difference, and relative L2."""
+    a = torch.cat([values[k].detach().flatten().double() for k in sorted(reference)])
+    b = torch.cat([reference[k].detach().flatten().double() for k in sorted(reference)])
+    return {"max_abs": float((a - b).abs().max()),
+            "relative_l2": float((a - b).norm() / b.norm())}
+
+
+def loss_distance(losses, reference):
+    a, b = torch.tensor(losses).double(), torch.tensor(reference).double()
+    return {"max_relative": float(((a - b) / b).abs().max()),
+            "relative_l2": float((a - b).norm() / b.norm())}
+
+
+def detached(tensors):
+    return {k: v.detach().clone().contiguous() for k, v in tensors.items()}
+
+
+def make(case, name, seed, config, changes):
+    folder = fresh_folder("trajectories", case)
+    recipe, batches = {**RECIPE, **changes}, make_batches(1000 + seed, STEPS)
+    save(wrap(load_model(name), seed, **config), f"{folder}/start")
+
+    def run(dtype=torch.float32, split_rows=False):
+        model = PeftModel.from_pretrained(load_model(name, dtype), f"{folder}/start",
+                                          is_trainable=True).train()
+        assert all(p.dtype == torch.float32 for p in factors(model).values())
+        curve = train(model, recipe, batches, split_rows)
+        return model, curve, detached(factors(model))
+
+    model, (losses, norms, rates), final = run()
+    save(model, f"{folder}/final")
+    _, other, other_final = run(split_rows=True)
+    _, half, half_final = run(dtype=torch.bfloat16)
+    clipped = sum(n > recipe["max_grad_norm"] for n in norms)
+    assert 0 < clipped < STEPS and losses[-1] < losses[0], (case, clipped, losses)
+    write_json(f"{folder}/golden.json", {
+        "model": f"{MODELS}/{name}", "recipe": recipe, "batches": batches, "losses": losses,
+        "grad_norms": norms, "learning_rates": rates,
+        "noise": {"losses": loss_distance(other[0], losses),
+                  "final": distance(other_final, final)},
+        "losses_bf16": half[0], "grad_norms_bf16": half[1],
+        "bf16_distance": {"losses": loss_distance(half[0], losses),
+                          "final": distance(half_final, final)}})
+    report(case, losses, norms, loss_distance(other[0], losses), distance(other_final, final),
+           distance(half_final, final))
+
+
+def report(case, losses, norms, noise_losses, noise_final, half):
+    print(f"{case}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, norms {min(norms):.2f} .. "
+          f"{max(norms):.2f}; row by row differs in losses {noise_losses['max_relative']:.1e}, in A "
+          f"and B {noise_final['max_abs']:.1e}; bf16 in A and B {half['relative_l2']:.1e}")
+
+
+def make_full():
+    """All weights of a tiny model are trained; no PEFT. No weight decay: which weights it should
+    spare is a matter of the trainer."""
+    name, steps = "qwen3_tied", 10
+    folder = fresh_folder("trajectories", "full_qwen3_tied")
+    recipe = {**RECIPE, "learning_rate": 3e-3, "max_steps": steps}
+    batches = make_batches(1206, steps)
+    model = load_model(name).train()
+    losses, norms, rates = train(model, recipe, batches)
+    final = detached(dict(model.named_parameters()))
+    save_file(final, f"{folder}/final.safetensors", metadata={"format": "pt"})
+    other = load_model(name).train()
+    other_losses, _, _ = train(other, recipe, batches, split_rows=True)
+    noise = distance(detached(dict(other.named_parameters())), final)
+    write_json(f"{folder}/golden.json", {
+        "model": f"{MODELS}/{name}", "recipe": recipe, "batches": batches, "losses": losses,
+        "grad_norms": norms, "learning_rates": rates,
+        "noise": {"losses": loss_distance(other_losses, losses), "final": noise}})
+    report("full_qwen3_tied", losses, norms, loss_distance(other_losses, losses), noise, noise)
+
+
+def main():
+    for case, arguments in CASES.items():
+        make(case, *arguments)
+    make_full()
+
+
+if __name__ == "__main__":
+    main()
