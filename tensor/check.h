@@ -30,7 +30,8 @@ template <class... Parts>
 
 // CHECK(k == n, "linear: x is ", x.shape(), " but ..."): throws Error with the concatenated parts.
 // A macro because the parts must not be evaluated, nor formatted, while the condition holds.
-#define CHECK(condition, ...)                             \
-  do {                                                    \
-    if (!(condition)) [[unlikely]] ::graft::fail(__VA_ARGS__); \
+#define CHECK(condition, ...)      \
+  do {                             \
+    if (!(condition)) [[unlikely]] \
+      ::graft::fail(__VA_ARGS__);  \
   } while (0)

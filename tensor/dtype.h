@@ -13,7 +13,8 @@ enum class DType : uint8_t { F32, BF16, F16, F64, I32, U8 };
 int64_t dtype_size(DType dtype);           // bytes per element
 std::string_view dtype_name(DType dtype);  // "F32", "BF16": the spelling of safetensors
 
-// The 16-bit storage types. Conversion to 16 bits rounds to nearest even, as hardware and PyTorch do.
+// The 16-bit storage types. Conversion to 16 bits rounds to nearest even, as hardware and PyTorch
+// do.
 struct BFloat16 {
   uint16_t bits;
 };

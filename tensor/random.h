@@ -1,6 +1,7 @@
 // Random numbers by counter: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
-// 1, 2, 3", SC11). The value at a counter depends on nothing that happened before, so masks need not
-// be stored, threads may take any part in any order, and a resumed run draws what it would have drawn.
+// 1, 2, 3", SC11). The value at a counter depends on nothing that happened before, so masks need
+// not be stored, threads may take any part in any order, and a resumed run draws what it would have
+// drawn.
 #pragma once
 
 #include <array>
@@ -42,8 +43,8 @@ class Random {
   explicit Random(uint64_t seed, uint64_t stream = 0)
       : key_{uint32_t(seed), uint32_t(seed >> 32)}, stream_(stream) {}
   uint32_t next_u32();
-  double uniform();          // [0, 1), 53 bits
-  double normal();           // Box-Muller, mean 0, variance 1
+  double uniform();            // [0, 1), 53 bits
+  double normal();             // Box-Muller, mean 0, variance 1
   uint64_t below(uint64_t n);  // uniform in [0, n), without bias
 
  private:

@@ -1,6 +1,6 @@
-// One persistent pool of threads for the CPU kernels. Work is given as numbered pieces; which thread
-// runs which piece is open, so a kernel's result must depend on the piece alone: that is how one seed
-// gives the same bytes with any number of threads.
+// One persistent pool of threads for the CPU kernels. Work is given as numbered pieces; which
+// thread runs which piece is open, so a kernel's result must depend on the piece alone: that is how
+// one seed gives the same bytes with any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,9 @@ class ThreadPool {
   ~ThreadPool();
   int num_threads() const;
 
-  // Calls body(piece, thread) for every piece in [0, pieces), thread in [0, num_threads()); returns when all are
-  // done. The first exception of a piece is rethrown. Not reentrant: a body must not call run.
+  // Calls body(piece, thread) for every piece in [0, pieces), thread in [0, num_threads()); returns
+  // when all are done. The first exception of a piece is rethrown. Not reentrant: a body must not
+  // call run.
   template <class Body>
   void run(int64_t pieces, Body&& body) {
     using B = std::remove_reference_t<Body>;
