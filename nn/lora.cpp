@@ -1,0 +1,200 @@
+// Target matching follows peft/tuners/tuners_utils.py (check_target_module_exists) and
+// peft/utils/other.py (get_pattern_key); see nn/lora.h.
+#include "nn/lora.h"
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+
+#include "nn/regex.h"
+
+namespace graft {
+namespace {
+
+// A list entry names a module when it is its whole name or the part behind a dot.
+bool is_suffix(const std::string& name, const std::string& entry) {
+  return name == entry || name.ends_with("." + entry);
+}
+
+bool matches(const std::string& name, const std::vector<std::string>& entries, bool is_regex) {
+  if (is_regex) return Regex(entries.at(0)).full_match(name);
+  return std::any_of(entries.begin(), entries.end(),
+                     [&](const std::string& entry) { return is_suffix(name, entry); });
+}
+
+std::string lower(std::string text) {
+  std::transform(text.begin(), text.end(), text.begin(),
+                 [](unsigned char c) { return std::tolower(c); });
+  return text;
+}
+
+bool is_all_linear(const LoraConfig& config) {
+  return config.target_modules.size() == 1 && lower(config.target_modules[0]) == "all-linear";
+}
+
+// The first numeric part behind a container: 3 of "model.layers.3.mlp.up_proj"; -1 where there is
+// none.
+int64_t layer_index(const std::string& name) {
+  size_t begin = name.find('.');
+  while (begin != std::string::npos) {
+    const size_t end = name.find('.', begin + 1);
+    const std::string part = name.substr(begin + 1, end - begin - 1);
+    if (end != std::string::npos && !part.empty() &&
+        part.find_first_not_of("0123456789") == std::string::npos)
+      return std::stoll(part);
+    begin = end;
+  }
+  return -1;
+}
+
+// The value of the one pattern that matches the module, or `otherwise`. PEFT takes the first in the
+// order of the dict, which its own writer then sorts: overlapping keys are refused, not guessed.
+template <class T>
+T pattern_value(const std::vector<std::pair<std::string, T>>& patterns, const std::string& name,
+                T otherwise, const char* what) {
+  const std::string* hit = nullptr;
+  T value = otherwise;
+  for (const auto& [key, candidate] : patterns) {
+    if (!Regex("(.*\\.)?(" + key + ")$").full_match(name)) continue;
+    CHECK(!hit, "lora: ", what, " has two keys for ", name, ", '", *hit, "' and '", key,
+          "'; which one wins is not defined, make them disjoint");
+    hit = &key;
+    value = candidate;
+  }
+  return value;
+}
+
+std::string join(const std::set<std::string>& names) {
+  std::string text;
+  for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+[[noreturn]] void fail_without_match(const LoraConfig& config,
+                                     const std::vector<std::string>& names) {
+  std::set<std::string> candidates;
+  for (const auto& name : names)
+    if (name != "lm_head") candidates.insert(name.substr(name.rfind('.') + 1));
+  std::string wanted;
+  for (const auto& entry : config.target_modules) wanted += (wanted.empty() ? "" : ", ") + entry;
+  fail("lora: target_modules (", wanted, ") matches no module of the model",
+       config.exclude_modules.empty() && config.layers_to_transform.empty()
+           ? ""
+           : " after exclude_modules and layers_to_transform",
+       "; it could match ", join(candidates), ", or all-linear");
+}
+
+void fill_uniform(const Tensor& t, Random& random, double bound) {
+  for (int64_t i = 0; i < t.num_elements(); ++i)
+    t.data<float>()[i] = float((2.0 * random.uniform() - 1.0) * bound);
+}
+
+void initialise(LoraPair& pair, LoraConfig::Init init, uint64_t seed) {
+  const Tensor& a = pair.a.value();
+  const Tensor& b = pair.b.value();
+  const int64_t r = a.size(0), in_features = a.size(1);
+  if (a.device() == Device::Meta) return;
+  Random random(seed, 0x10aa000000000000u + pair.module);  // a stream of its own for each layer
+  if (init == LoraConfig::Init::Gaussian) {
+    for (int64_t i = 0; i < a.num_elements(); ++i)
+      a.data<float>()[i] = float(random.normal() / double(r));
+  } else {
+    // Kaiming uniform with a = sqrt(5): the bound sqrt(6 / ((1 + 5) in)) is 1 / sqrt(in).
+    fill_uniform(a, random, 1.0 / std::sqrt(double(in_features)));
+  }
+  if (init == LoraConfig::Init::Random) fill_uniform(b, random, 1.0 / std::sqrt(double(r)));
+}
+
+}  // namespace
+
+void validate(const LoraConfig& config) {
+  CHECK(config.r >= 1, "lora: r is ", config.r, ", expected at least 1");
+  CHECK(std::isfinite(config.alpha()) && config.alpha() > 0, "lora: lora_alpha is ", config.alpha(),
+        ", expected a number above 0");
+  CHECK(config.lora_dropout >= 0 && config.lora_dropout < 1, "lora: lora_dropout is ",
+        config.lora_dropout, ", expected at least 0 and below 1");
+  CHECK(!config.target_modules.empty(),
+        "lora: target_modules is empty; name modules or all-linear");
+  CHECK(config.layers_to_transform.empty() || !config.target_is_regex,
+        "lora: layers_to_transform needs target_modules to be a list, not a regular expression");
+  for (int64_t layer : config.layers_to_transform)
+    CHECK(layer >= 0, "lora: layers_to_transform holds ", layer, ", expected layers from 0");
+  for (const auto& [key, r] : config.rank_pattern)
+    CHECK(r >= 1, "lora: rank_pattern '", key, "' is ", r, ", expected at least 1");
+  for (const auto& [key, alpha] : config.alpha_pattern)
+    CHECK(std::isfinite(alpha) && alpha > 0, "lora: alpha_pattern '", key, "' is ", alpha,
+          ", expected a number above 0");
+}
+
+std::vector<LoraTarget> match_targets(const LoraConfig& config,
+                                      const std::vector<std::string>& names) {
+  validate(config);
+  const bool all_linear = is_all_linear(config);
+  const auto is_target = [&](const std::string& name) {
+    if (!config.exclude_modules.empty() &&
+        matches(name, config.exclude_modules, config.exclude_is_regex))
+      return false;
+    if (all_linear ? name == "lm_head" || name == "model.embed_tokens"
+                   : !matches(name, config.target_modules, config.target_is_regex))
+      return false;
+    if (config.layers_to_transform.empty()) return true;
+    const auto& layers = config.layers_to_transform;
+    return std::find(layers.begin(), layers.end(), layer_index(name)) != layers.end();
+  };
+  for (const char* name : {"model.embed_tokens", "lm_head"})
+    CHECK(!is_target(name), "lora: target_modules matches ", name,
+          "; adapters on the embedding or the output head are not supported, leave it out");
+
+  std::vector<LoraTarget> targets;
+  for (const auto& name : names) {
+    if (!is_target(name)) continue;
+    const int64_t r = pattern_value(config.rank_pattern, name, config.r, "rank_pattern");
+    const double alpha = pattern_value(config.alpha_pattern, name, config.alpha(), "alpha_pattern");
+    targets.push_back({name, r, alpha / (config.use_rslora ? std::sqrt(double(r)) : double(r))});
+  }
+  if (targets.empty()) fail_without_match(config, names);
+  return targets;
+}
+
+std::vector<LoraTarget> attach_lora(const std::vector<NamedLinear>& layers,
+                                    const LoraConfig& config, uint64_t seed) {
+  std::vector<std::string> names;
+  for (const auto& layer : layers) names.push_back(layer.name);
+  const auto targets = match_targets(config, names);
+  for (const auto& layer : layers) layer.linear->lora.reset();
+
+  uint32_t module = 0;
+  auto layer = layers.begin();
+  for (const auto& target : targets) {  // both are in model order
+    while (layer->name != target.name) ++layer;
+    Linear& linear = *layer->linear;
+    const Device device = linear.weight.value().device();
+    auto pair = std::make_unique<LoraPair>();
+    pair->a = Variable(
+        Tensor::zeros({target.r, linear.in_features()}, DType::F32, device, Scope::Adapters), true);
+    pair->b = Variable(
+        Tensor::zeros({linear.out_features(), target.r}, DType::F32, device, Scope::Adapters),
+        true);
+    pair->scaling = target.scaling;
+    pair->dropout_p = config.lora_dropout;
+    pair->module = module++;
+    initialise(*pair, config.init_lora_weights, seed);
+    linear.lora = std::move(pair);
+  }
+  return targets;
+}
+
+std::string trainable_parameters_line(int64_t trainable, int64_t all) {
+  const auto grouped = [](int64_t n) {
+    std::string digits = std::to_string(n);
+    for (int at = int(digits.size()) - 3; at > 0; at -= 3) digits.insert(size_t(at), ",");
+    return digits;
+  };
+  char percent[32];
+  std::snprintf(percent, sizeof percent, "%.4f",
+                all ? 100.0 * double(trainable) / double(all) : 0.0);
+  return concat("trainable params: ", grouped(trainable), " || all params: ", grouped(all),
+                " || trainable%: ", percent);
+}
+
+}  // namespace graft

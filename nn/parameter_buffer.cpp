@@ -1,0 +1,61 @@
+#include "nn/parameter_buffer.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace graft {
+namespace {
+constexpr int64_t kAlign = 16;  // elements: 64 bytes
+}
+
+ParameterBuffer::ParameterBuffer(std::vector<std::pair<std::string, Variable>> leaves,
+                                 Device device, Scope scope) {
+  int64_t total = 0;
+  for (auto& [name, variable] : leaves) {
+    CHECK(variable.requires_grad() && variable.is_leaf(), "parameter buffer: ", name,
+          " is not a leaf that requires a gradient");
+    entries_.push_back({name, variable, total});
+    total += (variable.value().num_elements() + kAlign - 1) / kAlign * kAlign;
+  }
+  CHECK(total > 0, "parameter buffer: nothing to train");
+  values_ = Tensor::zeros({total}, DType::F32, device, scope);
+  gradients_ = Tensor::zeros({total}, DType::F32, device, Scope::Optimizer);
+  m_ = Tensor::zeros({total}, DType::F32, device, Scope::Optimizer);
+  v_ = Tensor::zeros({total}, DType::F32, device, Scope::Optimizer);
+  for (auto& entry : entries_) {
+    const Tensor value = entry.variable.value();
+    const int64_t end = entry.offset + value.num_elements();
+    Tensor master = values_.slice_rows(entry.offset, end).reshape(value.shape());
+    backend_of(device).copy(master, value);
+    if (value.dtype() == DType::F32)
+      entry.variable.set_value(master);
+    else if (value.storage()->is_borrowed())  // a mapped file can't be written to
+      entry.variable.set_value(value.clone(scope));
+    entry.variable.set_grad(gradients_.slice_rows(entry.offset, end).reshape(value.shape()));
+  }
+}
+
+void ParameterBuffer::zero_grad() { backend_of(gradients_).fill(gradients_, 0); }
+
+double ParameterBuffer::grad_norm() const {
+  return std::sqrt(backend_of(gradients_).sum_of_squares(gradients_));
+}
+
+void ParameterBuffer::step(const AdamWStep& adamw, double grad_norm, double max_grad_norm) {
+  // torch.nn.utils.clip_grad_norm_: the 1e-6 is theirs.
+  const double scale = max_grad_norm > 0 ? std::min(1.0, max_grad_norm / (grad_norm + 1e-6)) : 1.0;
+  backend_of(values_).adamw(values_, m_, v_, gradients_, scale, adamw);
+  publish();
+}
+
+void ParameterBuffer::publish() {
+  for (auto& entry : entries_) {
+    Tensor working = entry.variable.value();
+    if (working.dtype() == DType::F32) continue;  // a view of values_
+    const int64_t end = entry.offset + working.num_elements();
+    backend_of(values_).copy(working,
+                             values_.slice_rows(entry.offset, end).reshape(working.shape()));
+  }
+}
+
+}  // namespace graft
