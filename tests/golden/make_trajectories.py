@@ -16,12 +16,13 @@ RECIPE = {"learning_rate": 1e-2, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_e
 
 # case: (model, seed, keys of LoraConfig, changes to the recipe)
 CASES = {
-    "llama_gqa": ("llama_gqa", 201, {}, {}),
+    "llama_gqa": ("llama_gqa", 201, {}, {"max_grad_norm": 10.0}),
     "qwen2_tied": ("qwen2_tied", 202, {}, {}),
-    "qwen3_tied": ("qwen3_tied", 203, {}, {"weight_decay": 0.01}),
+    "qwen3_tied": ("qwen3_tied", 203, {}, {"weight_decay": 0.01, "max_grad_norm": 14.0}),
     "patterns": ("qwen3_tied", 204, PATTERNS, {}),
     "layers_to_transform": ("llama_gqa", 205, {"layers_to_transform": [1]}, {}),
 }
+SOME_CLIPPED = ("llama_gqa", "qwen3_tied")  # here the norm crosses the bound; elsewhere it is above
 
 
 def make_batches(seed, steps):
@@ -113,8 +114,9 @@ def make(case, name, seed, config, changes):
     save(model, f"{folder}/final")
     _, other, other_final = run(split_rows=True)
     _, half, half_final = run(dtype=torch.bfloat16)
-    clipped = sum(n > recipe["max_grad_norm"] for n in norms)
-    assert 0 < clipped < STEPS and losses[-1] < losses[0], (case, clipped, losses)
+    clipped = [n > recipe["max_grad_norm"] for n in norms]
+    assert any(clipped) and (case not in SOME_CLIPPED or not all(clipped)), (case, norms)
+    assert losses[-1] < losses[0], (case, losses)
     write_json(f"{folder}/golden.json", {
         "model": f"{MODELS}/{name}", "recipe": recipe, "batches": batches, "losses": losses,
         "grad_norms": norms, "learning_rates": rates,
@@ -124,13 +126,13 @@ def make(case, name, seed, config, changes):
         "bf16_distance": {"losses": loss_distance(half[0], losses),
                           "final": distance(half_final, final)}})
     report(case, losses, norms, loss_distance(other[0], losses), distance(other_final, final),
-           distance(half_final, final))
+           f"; bf16 in A and B {distance(half_final, final)['relative_l2']:.1e}")
 
 
-def report(case, losses, norms, noise_losses, noise_final, half):
+def report(case, losses, norms, noise_losses, noise_final, more=""):
     print(f"{case}: loss {losses[0]:.3f} -> {losses[-1]:.3f}, norms {min(norms):.2f} .. "
-          f"{max(norms):.2f}; row by row differs in losses {noise_losses['max_relative']:.1e}, in A "
-          f"and B {noise_final['max_abs']:.1e}; bf16 in A and B {half['relative_l2']:.1e}")
+          f"{max(norms):.2f}; row by row differs in losses {noise_losses['max_relative']:.1e}, "
+          f"final weights {noise_final['max_abs']:.1e}{more}")
 
 
 def make_full():
@@ -151,7 +153,7 @@ def make_full():
         "model": f"{MODELS}/{name}", "recipe": recipe, "batches": batches, "losses": losses,
         "grad_norms": norms, "learning_rates": rates,
         "noise": {"losses": loss_distance(other_losses, losses), "final": noise}})
-    report("full_qwen3_tied", losses, norms, loss_distance(other_losses, losses), noise, noise)
+    report("full_qwen3_tied", losses, norms, loss_distance(other_losses, losses), noise)
 
 
 def main():
