@@ -1,40 +1,56 @@
 # graft: `make help` lists the targets.
-CXX      ?= g++
-BUILD    ?= build
+BUILD    := build
 SAN      ?=
+JOBS     ?= $(shell nproc)
 CXXFLAGS ?= -O3
 ifeq ($(origin CXX),default)
 CXX := g++
 endif
 
+# `make SAN=asan test`: everything again, in a folder of its own, under AddressSanitizer and UBSan.
 ifneq ($(SAN),)
 BUILD := build/$(SAN)
 endif
-SANFLAGS_asan := -fsanitize=address,undefined -fno-omit-frame-pointer -g -O1
+SANFLAGS_asan := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 SANFLAGS := $(SANFLAGS_$(SAN))
 
-ALLFLAGS := -std=c++20 $(CXXFLAGS) -Wall -Wextra -I. -MMD -MP -pthread $(SANFLAGS)
-LIBS := -lyaml-cpp -lpcre2-8 -lutf8proc -pthread
+# -Wno-restrict: g++ 12 warns about its own std::string concatenation (GCC bug 105651).
+ALLFLAGS := -std=c++20 $(CXXFLAGS) -Wall -Wextra -Wno-restrict -I. -MMD -MP -pthread $(SANFLAGS)
+LIBS     := -lyaml-cpp -lpcre2-8 -lutf8proc -pthread
+
+# --- packages (Debian and Ubuntu) -----------------------------------------------------------------
+BUILD_PACKAGES := g++ libcxxopts-dev libyaml-cpp-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev
+TEST_PACKAGES  := libgtest-dev libbenchmark-dev libopenblas-dev
+CHECK_PACKAGES := clang-format binutils
+PACKAGES       := $(BUILD_PACKAGES) $(TEST_PACKAGES) $(CHECK_PACKAGES)
 
 # --- sources: every folder is read by wildcard; cpu/kernels is compiled once per instruction set ---
-ISAS := portable avx2 avx512 wide16
+ISAS         := portable avx2 avx512 wide16
 ISA_portable :=
 ISA_avx2     := -mavx2 -mfma -mf16c
 ISA_avx512   := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512
 ISA_wide16   := -mavx2 -mfma -mf16c -Wno-psabi
 
 KERNEL_SRC := $(wildcard tensor/cpu/kernels/*.cpp)
-LIB_SRC := $(wildcard tensor/*.cpp tensor/cpu/*.cpp tensor/cpu/reference/*.cpp autograd/*.cpp \
-             nn/*.cpp models/*.cpp) cuda/no_cuda.cpp $(filter-out train/main.cpp,$(wildcard train/*.cpp))
+LIB_SRC    := $(wildcard tensor/*.cpp tensor/cpu/*.cpp tensor/cpu/reference/*.cpp autograd/*.cpp \
+                nn/*.cpp models/*.cpp) cuda/no_cuda.cpp $(filter-out train/main.cpp,$(wildcard train/*.cpp))
 KERNEL_OBJ := $(foreach isa,$(ISAS),$(KERNEL_SRC:%.cpp=$(BUILD)/obj/%.$(isa).o))
-LIB_OBJ  := $(LIB_SRC:%.cpp=$(BUILD)/obj/%.o) $(KERNEL_OBJ)
-TEST_SRC := $(wildcard tests/*.cpp)
-TEST_OBJ := $(TEST_SRC:%.cpp=$(BUILD)/obj/%.o)
+LIB_OBJ    := $(LIB_SRC:%.cpp=$(BUILD)/obj/%.o) $(KERNEL_OBJ)
+TEST_SRC   := $(wildcard tests/*.cpp)
+TEST_OBJ   := $(TEST_SRC:%.cpp=$(BUILD)/obj/%.o)
+BENCH_SRC  := $(wildcard bench/*.cpp)
+BENCH_BIN  := $(BENCH_SRC:bench/%.cpp=$(BUILD)/bench/%)
 
 .DEFAULT_GOAL := all
-.PHONY: all
-all: $(BUILD)/graft
+.PHONY: all help deps demo demo-base test bench bench-peers check format clean install-packages
 
+all: $(BUILD)/graft  ## build build/graft
+
+help:  ## list the targets
+	@echo "make [target] [BUILD variables: JOBS=$(JOBS) SAN=asan CXX=$(CXX)]"
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 14 | sed 's/^/  /'
+
+# --- build ----------------------------------------------------------------------------------------
 $(BUILD)/graft: $(BUILD)/obj/train/main.o $(BUILD)/libgraft.a
 	$(CXX) $(ALLFLAGS) -o $@ $^ $(LIBS)
 
@@ -45,15 +61,68 @@ $(BUILD)/libgraft.a: $(LIB_OBJ)
 $(BUILD)/graft_tests: $(TEST_OBJ) $(BUILD)/libgraft.a
 	$(CXX) $(ALLFLAGS) -o $@ $(TEST_OBJ) $(BUILD)/libgraft.a $(LIBS) -lgtest -lopenblas
 
-$(BUILD)/obj/%.o: %.cpp
+$(BUILD)/bench/%: bench/%.cpp $(BUILD)/libgraft.a
+	@mkdir -p $(@D)
+	$(CXX) $(ALLFLAGS) -MF $@.d -MT $@ -o $@ $< $(BUILD)/libgraft.a $(LIBS) -lbenchmark -lopenblas
+
+# The Makefile is a prerequisite: other flags are other objects.
+$(BUILD)/obj/%.o: %.cpp Makefile
 	@mkdir -p $(@D)
 	$(CXX) $(ALLFLAGS) -c -o $@ $<
 
 define isa_rule
-$$(BUILD)/obj/tensor/cpu/kernels/%.$(1).o: tensor/cpu/kernels/%.cpp
+$$(BUILD)/obj/tensor/cpu/kernels/%.$(1).o: tensor/cpu/kernels/%.cpp Makefile
 	@mkdir -p $$(@D)
 	$$(CXX) $$(ALLFLAGS) $$(ISA_$(1)) -DGRAFT_ISA=$(1) -DGRAFT_ISA_$(1) -c -o $$@ $$<
 endef
 $(foreach isa,$(ISAS),$(eval $(call isa_rule,$(isa))))
 
--include $(LIB_OBJ:.o=.d) $(TEST_OBJ:.o=.d) $(BUILD)/obj/train/main.d
+-include $(LIB_OBJ:.o=.d) $(TEST_OBJ:.o=.d) $(BUILD)/obj/train/main.d $(BENCH_BIN:%=%.d)
+
+# --- what people run --------------------------------------------------------------------------------
+# demo and test start a second make, so that it sees what the first has installed.
+demo: ## install what is missing, build, fine-tune the bundled model and show what it learned [SEED=n]
+	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES)"
+	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/graft
+	$(BUILD)/graft demo $(if $(SEED),--seed $(SEED))
+
+demo-base: all  ## train the bundled base model again from random weights, into models/demo
+	$(BUILD)/graft demo --rebuild-base
+
+test:  ## install what is missing, build and run every test [SAN=asan] [FILTER=Tape.*]
+	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
+	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/graft $(BUILD)/graft_tests
+	GRAFT_BINARY=$(BUILD)/graft $(BUILD)/graft_tests --gtest_brief=1 $(if $(FILTER),--gtest_filter='$(FILTER)')
+
+bench:  ## kernels and GEMM against OpenBLAS and the FMA peak of this machine
+	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
+	@$(MAKE) --no-print-directory -j$(JOBS) $(BENCH_BIN)
+	@for bench in $(BENCH_BIN); do echo "== $$bench"; $$bench || exit 1; done
+
+bench-peers:  ## a training step here and in PEFT, in turn (makes a throw-away Python environment)
+	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/graft
+	bench/bench_peers.sh $(BUILD)/graft
+
+check:  ## folder layering, formatting, no shared code in the instruction-set objects
+	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(CHECK_PACKAGES)"
+	@$(MAKE) --no-print-directory -j$(JOBS) $(KERNEL_OBJ)
+	@tests/check.sh $(BUILD)/obj/tensor/cpu/kernels
+
+format:  ## clang-format every source file in place
+	clang-format -i $$(git ls-files '*.h' '*.cpp')
+
+clean:  ## remove build/
+	rm -rf build
+
+NEED ?= $(PACKAGES)
+MISSING = $(shell for p in $(NEED); do dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done)
+deps:  ## install the Debian packages that are missing
+	@missing="$(strip $(MISSING))"; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ]; then sudo=; \
+	elif command -v sudo >/dev/null; then sudo=sudo; \
+	else echo "packages are missing, and neither root nor sudo is here; run this as root, then again:"; \
+	  echo "  apt-get update && apt-get install -y $$missing"; exit 1; fi; \
+	echo "installing $$missing"; \
+	$$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null || \
+	{ echo "that failed; run: apt-get update && apt-get install -y $$missing"; exit 1; }
