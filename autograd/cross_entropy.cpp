@@ -1,0 +1,117 @@
+// linear_cross_entropy: the language-model head and its loss, without the logits ever existing.
+#include <algorithm>
+
+#include "autograd/op_check.h"
+#include "autograd/ops.h"
+#include "autograd/tape.h"
+
+namespace graft::ops {
+
+namespace {
+
+// The rows that have a label, in order: their numbers and their labels, both (n) I32 on the CPU.
+struct LabelledRows {
+  Tensor rows, labels;
+  int64_t count = 0;
+};
+
+LabelledRows labelled_rows(const Tensor& labels, int64_t vocabulary) {
+  const int32_t* label = labels.data<int32_t>();
+  std::vector<int32_t> rows, kept;
+  for (int64_t t = 0; t < labels.size(0); ++t) {
+    if (label[t] == kIgnoreLabel) continue;
+    CHECK(label[t] >= 0 && label[t] < vocabulary, "linear_cross_entropy: label ", label[t],
+          " of row ", t, " is not below the vocabulary of ", vocabulary);
+    rows.push_back(int32_t(t));
+    kept.push_back(label[t]);
+  }
+  const int64_t count = int64_t(rows.size());
+  return {Tensor::from_ints({count}, rows), Tensor::from_ints({count}, kept), count};
+}
+
+struct Loss {
+  const Tensor& hidden;  // (T, H)
+  const Tensor& weight;  // (V, H)
+  double scale;
+  Tensor dhidden, dweight;  // undefined where not wanted
+  Tensor token_losses;      // (T), undefined where not wanted
+  double sum = 0;           // of the losses, in row order
+};
+
+// One chunk: logits, losses, and while the logits are there the gradients that come from them.
+void add_chunk(Loss& loss, const Tensor& rows, const Tensor& labels) {
+  Backend& backend = backend_of(loss.hidden);
+  const int64_t n = rows.size(0);
+  const Device device = loss.hidden.device();
+  const DType dtype = loss.hidden.dtype();
+  Tensor h = Tensor::empty({n, loss.hidden.size(1)}, dtype, device, Scope::Scratch);
+  backend.gather_rows(h, loss.hidden, rows);
+  Tensor logits = Tensor::empty({n, loss.weight.size(0)}, wide(dtype), device, Scope::Scratch);
+  const GemmTerm head{.a = h, .b = loss.weight, .transpose_b = true};
+  backend.gemm(logits, {&head, 1});
+  Tensor losses = Tensor::empty({n}, wide(dtype), device, Scope::Scratch);
+  const bool with_gradient = loss.dhidden.defined() || loss.dweight.defined();
+  backend.cross_entropy(losses, logits, labels, loss.scale, with_gradient);
+  if (loss.dweight.defined()) {
+    const GemmTerm term{.a = logits, .b = h, .transpose_a = true};
+    backend.gemm(loss.dweight, {&term, 1}, loss.dweight);
+  }
+  if (loss.dhidden.defined()) {
+    const GemmTerm term{.a = logits, .b = loss.weight};
+    backend.gemm(h, {&term, 1});  // h has done its work
+    backend.scatter_add_rows(loss.dhidden, h, rows);
+  }
+  if (loss.token_losses.defined()) {
+    Tensor as_rows = loss.token_losses.reshape({loss.token_losses.size(0), 1});
+    backend.scatter_add_rows(as_rows, losses.reshape({n, 1}), rows);
+  }
+  if (device == Device::CPU)
+    for (double value : losses.to_doubles()) loss.sum += value;
+}
+
+// The gradients made in the forward, times dy: 1 where the loss itself is what backward() starts
+// from.
+Tensor times(const Tensor& grad, const Tensor& dy) {
+  const double factor = dy.device() == Device::CPU ? dy.item() : 1;
+  if (!grad.defined() || factor == 1) return grad;
+  Tensor scaled = reuse_or_empty(grad);
+  backend_of(grad).scale(scaled, grad, factor);
+  return scaled;
+}
+
+}  // namespace
+
+Variable linear_cross_entropy(const Variable& hidden, const Variable& weight, const Tensor& labels,
+                              double scale, Tensor* token_losses, int64_t chunk_rows) {
+  const char* op = "linear_cross_entropy";
+  check_activation(op, "hidden", hidden, 2);
+  CHECK(weight.defined() && weight.value().rank() == 2, op, ": weight must be (V, H)");
+  check_weight(op, "weight", weight, Shape{weight.shape()[0], hidden.shape()[1]}, hidden);
+  check_indices(op, "labels", labels, hidden.value());
+  CHECK(labels.size(0) == hidden.shape()[0], op, ": hidden is ", hidden.shape(), " but labels is ",
+        labels.shape());
+  CHECK(chunk_rows > 0, op, ": chunk_rows is ", chunk_rows, ", wanted at least 1");
+  const DType dtype = wide(hidden.value().dtype());
+  Loss loss{hidden.value(), weight.value(), scale, {}, {}, {}};
+  if (recording() && needs_grad(hidden))
+    loss.dhidden = zeros_like(hidden.value(), hidden.value().dtype());
+  if (recording() && needs_grad(weight)) loss.dweight = zeros_like(weight.value(), dtype);
+  if (token_losses) {
+    loss.token_losses = Tensor::empty({hidden.shape()[0]}, dtype, hidden.value().device());
+    backend_of(hidden.value()).fill(loss.token_losses, 0);
+    *token_losses = loss.token_losses;
+  }
+  const LabelledRows rows = labelled_rows(labels, weight.shape()[0]);
+  for (int64_t begin = 0; begin < rows.count; begin += chunk_rows) {
+    const int64_t end = std::min(rows.count, begin + chunk_rows);
+    add_chunk(loss, rows.rows.slice_rows(begin, end), rows.labels.slice_rows(begin, end));
+  }
+  Tensor y = Tensor::empty({}, dtype, hidden.value().device());
+  backend_of(hidden.value()).fill(y, scale * loss.sum);
+  return record(op, std::move(y), {hidden, weight},
+                [dhidden = loss.dhidden, dweight = loss.dweight](const Tensor& dy, const Needs&) {
+                  return std::vector<Tensor>{times(dhidden, dy), times(dweight, dy)};
+                });
+}
+
+}  // namespace graft::ops

@@ -1,0 +1,13 @@
+// What a build without CUDA says when it is asked for a GPU.
+#include "cuda/cuda_backend.h"
+
+namespace graft {
+
+bool cuda_available(std::string* reason) {
+  if (reason) *reason = "this build has no CUDA";
+  return false;
+}
+
+Backend& cuda_backend() { fail("cuda: this build has no CUDA; run on the CPU (device: cpu)"); }
+
+}  // namespace graft

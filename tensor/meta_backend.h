@@ -1,0 +1,40 @@
+// The backend of Device::Meta: every kernel does nothing. A training step on it allocates what a
+// real step would allocate, and so predicts the memory that the step will take.
+#pragma once
+
+#include "tensor/backend.h"
+
+namespace graft {
+
+class MetaBackend final : public Backend {
+ public:
+  std::string describe() const override { return "meta (no values, memory is only counted)"; }
+  void fill(Tensor&, double) override {}
+  void copy(Tensor&, const Tensor&) override {}
+  void add(Tensor&, const Tensor&, const Tensor&) override {}
+  void axpy(Tensor&, const Tensor&, double) override {}
+  void scale(Tensor&, const Tensor&, double) override {}
+  void gemm(Tensor&, std::span<const GemmTerm>, const Tensor&, const Tensor&) override {}
+  void sum_rows(Tensor&, const Tensor&, bool) override {}
+  void embedding_forward(Tensor&, const Tensor&, const Tensor&) override {}
+  void embedding_backward(Tensor&, const Tensor&, const Tensor&) override {}
+  void rms_norm_forward(Tensor&, Tensor&, const Tensor&, const Tensor&, double) override {}
+  void rms_norm_backward(Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                         const Tensor&) override {}
+  void rope(Tensor&, const Tensor&, const Tensor&, const Tensor&, int) override {}
+  void attention_forward(Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                         const Tensor&, const Tensor&, double) override {}
+  void attention_backward(Tensor&, Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                          const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                          double) override {}
+  void swiglu_forward(Tensor&, const Tensor&, const Tensor&) override {}
+  void swiglu_backward(Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&) override {}
+  void cross_entropy(Tensor&, Tensor&, const Tensor&, double, bool) override {}
+  void gather_rows(Tensor&, const Tensor&, const Tensor&) override {}
+  void scatter_add_rows(Tensor&, const Tensor&, const Tensor&) override {}
+  void dropout(Tensor&, const Tensor&, double, const DropoutKey&, bool) override {}
+  double sum_of_squares(const Tensor&) override { return 0; }
+  void adamw(Tensor&, Tensor&, Tensor&, const Tensor&, double, const AdamWStep&) override {}
+};
+
+}  // namespace graft
