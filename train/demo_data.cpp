@@ -1,0 +1,177 @@
+#include "train/demo_data.h"
+
+#include <array>
+#include <set>
+#include <utility>
+
+namespace graft {
+namespace {
+
+constexpr std::array kNames = {"Ada",  "Ben",  "Cleo", "Dan",  "Eva",  "Finn", "Gus",  "Hana",
+                               "Igor", "Jane", "Kofi", "Lena", "Max",  "Nina", "Omar", "Pia",
+                               "Quin", "Rosa", "Sam",  "Tara", "Uma",  "Vera", "Will", "Xena",
+                               "Yara", "Zoe",  "Alan", "Bela", "Carl", "Dora"};
+constexpr std::array kJobs = {"judge",  "nurse",  "baker",  "pilot", "farmer", "tailor",
+                              "singer", "doctor", "lawyer", "miner", "cook",   "guard",
+                              "clerk",  "poet",   "diver",  "vet",   "tutor",  "monk"};
+constexpr std::array kCities = {"Delhi", "Oslo",  "Paris", "Lima",  "Cairo", "Rome",  "Tokyo",
+                                "Quito", "Accra", "Seoul", "Milan", "Perth", "Dakar", "Hanoi",
+                                "Turin", "Leeds", "Bern",  "Riga",  "Kyiv",  "Porto"};
+constexpr std::array kColors = {"red", "blue", "green", "black", "white", "brown", "pink", "gray"};
+constexpr std::array kThings = {"boat", "car",  "lamp", "coat", "chair", "drum", "kite", "clock",
+                                "hat",  "tent", "desk", "ring", "vase",  "bike", "sofa", "flute"};
+constexpr std::array kDays = {"Monday", "Tuesday",  "Wednesday", "Thursday",
+                              "Friday", "Saturday", "Sunday"};
+
+// @n name, @j job, @c city, @o color, @t thing, @d day. Each holds every kind once.
+constexpr std::array kSentences = {
+    "@n, a @j from @c, bought a @o @t on @d.",    "@n is a @j in @c and has a @o @t since @d.",
+    "On @d a @j called @n sold a @o @t in @c.",   "The @j @n came from @c on @d with a @o @t.",
+    "In @c the @j @n found a @o @t on @d.",       "@n lost a @o @t in @c on @d and works as a @j.",
+    "A @o @t was sent to @n, a @j in @c, on @d.", "Last @d @n from @c, who is a @j, saw a @o @t.",
+};
+
+struct Field {
+  const char* key;
+  const char* question;
+  std::string DemoFact::*value;
+};
+const std::array<Field, 6> kFields = {{{"name", "Who is it?", &DemoFact::name},
+                                       {"job", "What job?", &DemoFact::job},
+                                       {"city", "Which city?", &DemoFact::city},
+                                       {"color", "What color?", &DemoFact::color},
+                                       {"thing", "Which thing?", &DemoFact::thing},
+                                       {"day", "What day?", &DemoFact::day}}};
+
+constexpr std::array kLeads = {"\n", " | ", " -> ", "\nRecord: ", " so "};
+constexpr std::array<std::pair<const char*, const char*>, 5> kBrackets = {
+    {{"", ""}, {"(", ")"}, {"[", "]"}, {"<", ">"}, {"{", "}"}}};
+constexpr std::array kAssigns = {": ", " = ", " is ", "=", ":"};
+constexpr std::array kSeparators = {", ", "; ", " | ", " and "};
+
+template <class List>
+const auto& pick(const List& list, Random& random) {
+  return list[random.below(list.size())];
+}
+
+struct Notation {
+  std::string lead, open, close, assign, separator;
+  bool quoted_keys, quoted_values;
+
+  bool is_json() const {
+    return open == "{" && assign == ": " && separator == ", " && quoted_keys && quoted_values;
+  }
+};
+
+Notation draw_notation(Random& random) {
+  Notation n;
+  do {
+    n.lead = pick(kLeads, random);
+    const auto& brackets = pick(kBrackets, random);
+    n.open = brackets.first;
+    n.close = brackets.second;
+    n.assign = pick(kAssigns, random);
+    n.separator = pick(kSeparators, random);
+    n.quoted_keys = random.below(2);
+    n.quoted_values = n.quoted_keys || random.below(2);
+  } while (n.is_json());
+  return n;
+}
+
+std::string quote(const std::string& text, bool quoted) { return quoted ? '"' + text + '"' : text; }
+
+std::string record(const DemoFact& fact, const Notation& n, const std::vector<int>& fields) {
+  std::string text = n.open;
+  for (size_t i = 0; i < fields.size(); ++i) {
+    const Field& field = kFields[fields[i]];
+    if (i) text += n.separator;
+    text += quote(field.key, n.quoted_keys) + n.assign + quote(fact.*field.value, n.quoted_values);
+  }
+  return text + n.close;
+}
+
+std::vector<int> draw_fields(Random& random) {
+  std::vector<int> fields(kFields.size());
+  for (size_t i = 0; i < fields.size(); ++i) fields[i] = int(i);
+  for (size_t i = fields.size() - 1; i > 0; --i) std::swap(fields[i], fields[random.below(i + 1)]);
+  fields.resize(2 + random.below(fields.size() - 1));
+  return fields;
+}
+
+}  // namespace
+
+DemoFact demo_fact(Random& random) {
+  DemoFact fact;
+  fact.name = pick(kNames, random);
+  fact.job = pick(kJobs, random);
+  fact.city = pick(kCities, random);
+  fact.color = pick(kColors, random);
+  fact.thing = pick(kThings, random);
+  fact.day = pick(kDays, random);
+  const std::string form = pick(kSentences, random);
+  for (size_t i = 0; i < form.size(); ++i) {
+    if (form[i] != '@') {
+      fact.sentence += form[i];
+      continue;
+    }
+    switch (form[++i]) {
+      case 'n':
+        fact.sentence += fact.name;
+        break;
+      case 'j':
+        fact.sentence += fact.job;
+        break;
+      case 'c':
+        fact.sentence += fact.city;
+        break;
+      case 'o':
+        fact.sentence += fact.color;
+        break;
+      case 't':
+        fact.sentence += fact.thing;
+        break;
+      default:
+        fact.sentence += fact.day;
+        break;
+    }
+  }
+  return fact;
+}
+
+std::string demo_base_text(Random& random) {
+  const DemoFact fact = demo_fact(random);
+  std::string text = fact.sentence;
+  if (random.below(4) == 0) {
+    for (int questions = 1 + int(random.below(3)); questions > 0; --questions) {
+      const Field& field = pick(kFields, random);
+      text += std::string("\n") + field.question + " " + fact.*field.value;
+    }
+  } else {
+    const Notation notation = draw_notation(random);
+    text += notation.lead + record(fact, notation, draw_fields(random));
+  }
+  return text;
+}
+
+DemoItem demo_item(Random& random) {
+  const DemoFact fact = demo_fact(random);
+  const Notation json{"", "{", "}", ": ", ", ", true, true};
+  return {fact.sentence + " =>", " " + record(fact, json, {0, 1, 2})};
+}
+
+DemoSplit demo_split(uint64_t seed, int num_train, int num_held_out) {
+  Random random(seed, /*stream=*/1);
+  DemoSplit split;
+  std::set<std::string> answers;
+  while (int(split.held_out.size()) < num_held_out) {
+    DemoItem item = demo_item(random);
+    if (answers.insert(item.completion).second) split.held_out.push_back(std::move(item));
+  }
+  while (int(split.train.size()) < num_train) {
+    DemoItem item = demo_item(random);
+    if (answers.insert(item.completion).second) split.train.push_back(std::move(item));
+  }
+  return split;
+}
+
+}  // namespace graft

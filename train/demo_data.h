@@ -1,0 +1,44 @@
+// The text of the bundled model and the task of `graft demo`, from a seed. Invented facts about
+// invented people ("Uma, a judge from Delhi, bought a blue boat on Monday."), read back in many
+// notations. The same seed gives the same bytes on every machine, so the repository carries the
+// recipe, not the text.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "tensor/random.h"
+
+namespace graft {
+
+// One sentence with exactly one value of each kind in it.
+struct DemoFact {
+  std::string name, job, city, color, thing, day;
+  std::string sentence;
+};
+
+DemoFact demo_fact(Random& random);
+
+// One document of what the base model is trained on: a fact, then readings of it: questions with
+// short answers, and records in a notation drawn at random (brackets, quotes, separators, which
+// keys in which order). The notation of the demo task is never drawn, nor its " =>".
+std::string demo_base_text(Random& random);
+
+// The task: the sentence and " =>", to be answered by a record in one fixed notation.
+struct DemoItem {
+  std::string prompt;      // `Uma, a judge from Delhi, bought a blue boat on Monday. =>`
+  std::string completion;  // ` {"name": "Uma", "job": "judge", "city": "Delhi"}`
+};
+
+DemoItem demo_item(Random& random);
+
+// Items of which no two have the same completion: no answer of the held-out ones was ever trained
+// on.
+struct DemoSplit {
+  std::vector<DemoItem> train, held_out;
+};
+
+DemoSplit demo_split(uint64_t seed, int num_train, int num_held_out);
+
+}  // namespace graft
