@@ -2,6 +2,7 @@
 # Kept apart from common.py, which needs only transformers.
 import json
 import os
+import warnings
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -19,7 +20,9 @@ def wrap(model, seed, **config):
 
 def save(peft_model, folder):
     """What PEFT writes, less its README and with the sets it holds in a fixed order."""
-    peft_model.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT about two of the refused kinds
+        peft_model.save_pretrained(folder)
     os.remove(f"{folder}/README.md")
     path = f"{folder}/adapter_config.json"
     with open(path, encoding="utf-8") as file:

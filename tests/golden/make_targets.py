@@ -70,11 +70,10 @@ def make_targets():
                 model = get_peft_model(load_model(name), LoraConfig(**config))
                 result = {"modules": describe(model), "parameters_line": parameters_line(model)}
             except ValueError as error:
-                result = {"error": str(error)}
+                result = {"error": str(error).split("{")[0].split(". ")[0]}
             out.append({"config": config, **result})
-            count = len(result.get("modules", []))
-            print(f"{name} {case}: {result.get('error', f'{count} modules')[:100]}")
         write_json(f"{folder}/{name}.json", {"model": f"{MODELS}/{name}", "cases": out})
+        print(f"{name}: {len(out)} cases, {sum('error' in c for c in out)} of them errors")
 
 
 def make_counts():

@@ -22,12 +22,12 @@ CASES = {
     "patterns": ("qwen3_tied", 204, PATTERNS, {}),
     "layers_to_transform": ("llama_gqa", 205, {"layers_to_transform": [1]}, {}),
 }
-SOME_CLIPPED = ("llama_gqa", "qwen3_tied")  # here the norm crosses the bound; elsewhere it is above
+SOME_CLIPPED = ("llama_gqa", "qwen3_tied")  # here the norm crosses the bound
 
 
 def make_batches(seed, steps):
-    """batches[step][micro-batch][row] = {input_ids, labels}. A row counts upwards by a stride of its
-    own, so there is something to learn; its first third, the prompt, has no labels."""
+    """batches[step][micro-batch][row] = {input_ids, labels}. A row counts upwards by a stride
+    of its own, so there is something to learn; its first third, the prompt, has no labels."""
     gen = generator(seed)
 
     def draw(low, high):
