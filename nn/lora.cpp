@@ -28,10 +28,6 @@ std::string lower(std::string text) {
   return text;
 }
 
-bool is_all_linear(const LoraConfig& config) {
-  return config.target_modules.size() == 1 && lower(config.target_modules[0]) == "all-linear";
-}
-
 // The first numeric part behind a container: 3 of "model.layers.3.mlp.up_proj"; -1 where there is
 // none.
 int64_t layer_index(const std::string& name) {
@@ -55,7 +51,7 @@ T pattern_value(const std::vector<std::pair<std::string, T>>& patterns, const st
   const std::string* hit = nullptr;
   T value = otherwise;
   for (const auto& [key, candidate] : patterns) {
-    if (!Regex("(.*\\.)?(" + key + ")$").full_match(name)) continue;
+    if (!Regex(concat("(.*\\.)?(", key, ")$")).full_match(name)) continue;
     CHECK(!hit, "lora: ", what, " has two keys for ", name, ", '", *hit, "' and '", key,
           "'; which one wins is not defined, make them disjoint");
     hit = &key;
@@ -66,7 +62,10 @@ T pattern_value(const std::vector<std::pair<std::string, T>>& patterns, const st
 
 std::string join(const std::set<std::string>& names) {
   std::string text;
-  for (const auto& name : names) text += (text.empty() ? "" : ", ") + name;
+  for (const auto& name : names) {
+    if (!text.empty()) text += ", ";
+    text += name;
+  }
   return text;
 }
 
@@ -75,9 +74,8 @@ std::string join(const std::set<std::string>& names) {
   std::set<std::string> candidates;
   for (const auto& name : names)
     if (name != "lm_head") candidates.insert(name.substr(name.rfind('.') + 1));
-  std::string wanted;
-  for (const auto& entry : config.target_modules) wanted += (wanted.empty() ? "" : ", ") + entry;
-  fail("lora: target_modules (", wanted, ") matches no module of the model",
+  const std::set<std::string> wanted(config.target_modules.begin(), config.target_modules.end());
+  fail("lora: target_modules (", join(wanted), ") matches no module of the model",
        config.exclude_modules.empty() && config.layers_to_transform.empty()
            ? ""
            : " after exclude_modules and layers_to_transform",
@@ -107,6 +105,10 @@ void initialise(LoraPair& pair, LoraConfig::Init init, uint64_t seed) {
 
 }  // namespace
 
+bool is_all_linear(const LoraConfig& config) {
+  return config.target_modules.size() == 1 && lower(config.target_modules[0]) == "all-linear";
+}
+
 void validate(const LoraConfig& config) {
   CHECK(config.r >= 1, "lora: r is ", config.r, ", expected at least 1");
   CHECK(std::isfinite(config.alpha()) && config.alpha() > 0, "lora: lora_alpha is ", config.alpha(),
@@ -115,8 +117,8 @@ void validate(const LoraConfig& config) {
         config.lora_dropout, ", expected at least 0 and below 1");
   CHECK(!config.target_modules.empty(),
         "lora: target_modules is empty; name modules or all-linear");
-  CHECK(config.layers_to_transform.empty() || !config.target_is_regex,
-        "lora: layers_to_transform needs target_modules to be a list, not a regular expression");
+  CHECK(config.layers_to_transform.empty() || !(config.target_is_regex || is_all_linear(config)),
+        "lora: layers_to_transform needs target_modules to be a list of names");
   for (int64_t layer : config.layers_to_transform)
     CHECK(layer >= 0, "lora: layers_to_transform holds ", layer, ", expected layers from 0");
   for (const auto& [key, r] : config.rank_pattern)

@@ -43,6 +43,8 @@ struct LoraConfig {
   double alpha() const { return lora_alpha.value_or(2.0 * double(r)); }
 };
 
+bool is_all_linear(const LoraConfig& config);  // target_modules is all-linear, in any letter case
+
 // Throws Error for r < 1, dropout outside [0, 1), layers_to_transform with a regex, ...
 void validate(const LoraConfig& config);
 

@@ -1,0 +1,119 @@
+// PEFT's file format, tensor by tensor; adapter_config.cpp has the configuration.
+#include "models/adapter.h"
+
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "models/adapter_config.h"
+#include "tensor/backend.h"
+#include "tensor/safetensors.h"
+
+namespace graft {
+namespace {
+
+namespace fs = std::filesystem;
+
+const char* const kConfigFile = "adapter_config.json";
+const char* const kWeightsFile = "adapter_model.safetensors";
+
+std::string tensor_name(const std::string& module, const char* half) {
+  return concat("base_model.model.", module, ".", half, ".weight");
+}
+
+// The tensor as F32, checked against the shape that the model and the config imply.
+Tensor read_half(const SafetensorsFile& file, const std::string& name, const Shape& shape) {
+  const SafetensorsEntry* entry = file.find(name);
+  CHECK(entry, file.path(), ": tensor '", name, "' is missing (", file.entries().size(),
+        " tensors); is the file whole, and does adapter_config.json belong to it?");
+  CHECK(entry->dtype == "F32" || entry->dtype == "BF16" || entry->dtype == "F16", file.path(),
+        ": tensor '", name, "' is ", entry->dtype, ", expected F32, BF16 or F16");
+  const Tensor tensor = file.tensor(name);
+  CHECK(tensor.shape() == shape, file.path(), ": tensor '", name, "' is ", tensor.shape(),
+        ", expected ", shape,
+        " by the model and adapter_config.json; is this the base model of the adapter?");
+  const Tensor value = tensor.to(DType::F32, Scope::Adapters);
+  for (int64_t i = 0; i < value.num_elements(); ++i)
+    CHECK(std::isfinite(value.data<float>()[i]), file.path(), ": tensor '", name,
+          "' holds NaN or infinity at element ", i);
+  return value;
+}
+
+void fill_pairs(const std::vector<NamedLinear>& layers, const SafetensorsFile& file) {
+  std::set<std::string> expected;
+  for (const auto& [name, linear] : layers) {
+    if (!linear->lora) continue;
+    expected.insert(tensor_name(name, "lora_A"));
+    expected.insert(tensor_name(name, "lora_B"));
+  }
+  for (const auto& entry : file.entries()) {
+    CHECK(!entry.name.ends_with("lora_magnitude_vector"), file.path(), ": tensor '", entry.name,
+          "' belongs to a DoRA adapter, which is not supported yet");
+    CHECK(expected.contains(entry.name), file.path(), ": tensor '", entry.name,
+          "' has no place in this model with this adapter_config.json; the adapter is refused");
+  }
+  for (const auto& [name, linear] : layers) {
+    if (!linear->lora) continue;
+    for (auto [variable, half] :
+         {std::pair{&linear->lora->a, "lora_A"}, {&linear->lora->b, "lora_B"}}) {
+      Tensor value = variable->value();
+      backend_of(value).copy(value, read_half(file, tensor_name(name, half), value.shape()));
+    }
+  }
+}
+
+std::vector<std::string> short_names(const std::vector<NamedLinear>& layers) {
+  std::set<std::string> names;
+  for (const auto& [name, linear] : layers)
+    if (linear->lora) names.insert(name.substr(name.rfind('.') + 1));
+  return {names.begin(), names.end()};
+}
+
+}  // namespace
+
+LoraConfig load_adapter_config(const std::string& directory) {
+  const std::string path = (fs::path(directory) / kConfigFile).string();
+  std::ifstream in(path);
+  CHECK(in, path, ": can't be opened; expected the directory of a PEFT adapter");
+  nlohmann::json json;
+  try {
+    json = nlohmann::json::parse(in);
+  } catch (const nlohmann::json::exception& error) {
+    fail(path, ": not JSON: ", error.what());
+  }
+  return parse_adapter_config(json, path);
+}
+
+LoraConfig load_adapter(Decoder& model, const std::string& directory) {
+  const LoraConfig config = load_adapter_config(directory);
+  const SafetensorsFile file((fs::path(directory) / kWeightsFile).string());
+  const auto layers = linear_layers(model);
+  try {
+    attach_lora(layers, config, 0);
+    fill_pairs(layers, file);
+  } catch (const Error&) {
+    for (const auto& layer : layers) layer.linear->lora.reset();  // never half an adapter
+    throw;
+  }
+  return config;
+}
+
+void save_adapter(Decoder& model, const LoraConfig& config, const std::string& directory) {
+  std::vector<NamedTensor> tensors;
+  const auto layers = linear_layers(model);
+  for (const auto& [name, linear] : layers) {
+    if (!linear->lora) continue;
+    tensors.push_back({tensor_name(name, "lora_A"), linear->lora->a.value()});
+    tensors.push_back({tensor_name(name, "lora_B"), linear->lora->b.value()});
+  }
+  CHECK(!tensors.empty(), "save_adapter: the model has no adapter");
+  fs::create_directories(directory);
+  // The weights first: a directory with a config alone would look whole to a reader.
+  write_safetensors((fs::path(directory) / kWeightsFile).string(), std::move(tensors), DType::F32);
+  write_file_atomically((fs::path(directory) / kConfigFile).string(),
+                        format_adapter_config(config, short_names(layers)));
+}
+
+}  // namespace graft
