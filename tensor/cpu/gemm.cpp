@@ -1,0 +1,341 @@
+// The matrix product: cutting, packing, threads. One call runs through these loops:
+//
+//   m0   block of at most kMaxRows rows of c; op(a)'s rows are packed once, by all threads, and
+//   shared n0   all columns, unless K is so long that the packed rows don't fit: then kKeptCols at
+//   a time k0   the k that the packed rows hold; mostly all of it
+//     piece: kGroup columns of c (and a part of the block's tiles), the unit given to a thread
+//       k    steps of kc: the thread packs kGroup columns of op(b), then
+//            multiplies every A tile with every panel, the sums staying in its L2 cache
+//       after the last k: sums + bias + addend, rounded once, into c
+//
+// Two terms are one product whose k runs on from the first to the second. The order of additions in
+// an element is fixed by K and kc alone, so neither threads nor block sizes change a bit of c.
+#include "tensor/cpu/gemm.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <vector>
+
+#include "tensor/cpu/kernels/gemm_kernels.h"
+
+namespace graft {
+namespace {
+
+constexpr int64_t kMaxRows = 768;              // of a block, a multiple of kMr
+constexpr int64_t kGroup = 64;                 // columns of a piece, a multiple of every nr
+constexpr int64_t kMaxKc = 512;                // no instruction set has a longer kc
+constexpr int64_t kPackedA = kMaxRows * 4096;  // floats of the shared packed rows, 12 MiB
+constexpr int64_t kKeptCols = 2048;  // columns whose sums are kept from one k0 to the next
+constexpr int64_t kKeptSums = kMaxRows * kKeptCols;
+constexpr int64_t kPackedB = kMaxKc * kGroup;
+constexpr int64_t kOwnSums = kMaxRows * kGroup;
+constexpr int64_t kDotRows = 4;      // up to so many rows, dot products with b's rows as they lie
+constexpr int64_t kNarrow = 48;      // up to so many columns, the transpose of c is computed
+constexpr double kSerialWork = 5e5;  // multiply-adds below which waking threads costs more
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// Buffers that persist from call to call, per thread and shared. Never destroyed: the allocator
+// that they come from may be gone by then.
+class Workspace {
+ public:
+  float* packed_a() { return get(packed_a_, kPackedA); }
+  float* kept_sums() { return get(kept_sums_, kKeptSums); }
+  void reserve(int threads) {
+    if (int(own_.size()) < threads) own_.resize(threads);
+    for (int t = 0; t < threads; ++t) get(own_[t], kPackedB + kOwnSums);
+  }
+  float* own(int thread) { return own_[thread].data<float>(); }
+
+ private:
+  static float* get(Tensor& buffer, int64_t floats) {
+    if (!buffer.defined())
+      buffer = Tensor::empty({floats}, DType::F32, Device::CPU, Scope::Scratch);
+    return buffer.data<float>();
+  }
+  Tensor packed_a_, kept_sums_;
+  std::vector<Tensor> own_;
+};
+
+Workspace& workspace() {
+  static Workspace& buffers = *new Workspace;
+  return buffers;
+}
+
+struct Term {
+  GemmMatrix a, b;
+  bool transpose_a, transpose_b;
+  float alpha;
+  int64_t k;
+};
+
+// A call in plain terms. If `swapped`, it is c's transpose: a and b, M and N have changed places.
+struct Product {
+  int64_t M, N, K;
+  std::array<Term, 2> terms;
+  int num_terms = 0;
+  bool swapped = false;
+  GemmStore out;  // of all of c
+};
+
+GemmMatrix matrix_of(const Tensor& t) {
+  CHECK(t.dtype() == DType::F32 || t.dtype() == DType::BF16 || t.dtype() == DType::F16,
+        "gemm: operand is ", dtype_name(t.dtype()), ", wanted F32, BF16 or F16");
+  return {t.raw(), t.row_stride(), t.dtype()};
+}
+
+Product product_of(Tensor& c, std::span<const GemmTerm> terms, const Tensor& addend,
+                   const float* bias) {
+  CHECK(terms.size() == 1 || terms.size() == 2, "gemm: ", terms.size(), " terms, wanted 1 or 2");
+  CHECK(c.dtype() == DType::F32 || c.dtype() == DType::BF16, "gemm: c is ", dtype_name(c.dtype()),
+        ", wanted F32 or BF16");
+  CHECK(!addend.defined() || addend.dtype() == c.dtype(), "gemm: addend is not of c's dtype, ",
+        dtype_name(c.dtype()));
+  Product p{};
+  p.M = c.num_rows();
+  p.N = c.cols();
+  for (const GemmTerm& term : terms) {
+    const int64_t k = term.transpose_a ? term.a.num_rows() : term.a.cols();
+    if (k == 0) continue;
+    p.terms[p.num_terms++] = {matrix_of(term.a), matrix_of(term.b), term.transpose_a,
+                              term.transpose_b,  float(term.alpha), k};
+    p.K += k;
+  }
+  p.out = {c.raw(), c.row_stride(), c.dtype(), nullptr, 0, bias};
+  if (addend.defined()) {
+    p.out.addend = addend.raw();
+    p.out.addend_stride = addend.row_stride();
+  }
+  return p;
+}
+
+// c^T = sum of op(b)^T op(a)^T.
+void swap_operands(Product& p) {
+  std::swap(p.M, p.N);
+  for (int i = 0; i < p.num_terms; ++i) {
+    Term& t = p.terms[i];
+    std::swap(t.a, t.b);
+    std::swap(t.transpose_a, t.transpose_b);
+    t.transpose_a = !t.transpose_a;
+    t.transpose_b = !t.transpose_b;
+  }
+  p.swapped = true;
+}
+
+// Calls f(term, k within the term, offset within [begin, end), count) for the parts of [begin,
+// end).
+template <class F>
+void for_terms(const Product& p, int64_t begin, int64_t end, F&& f) {
+  int64_t start = 0;
+  for (int i = 0; i < p.num_terms; start += p.terms[i++].k) {
+    const int64_t from = std::max(begin, start), to = std::min(end, start + p.terms[i].k);
+    if (from < to) f(p.terms[i], from - start, from - begin, to - from);
+  }
+}
+
+// The place (i, j) of c, or in a swapped product (j, i).
+GemmStore store_at(const Product& p, int64_t i, int64_t j) {
+  GemmStore out = p.out;
+  const int64_t size = dtype_size(out.dtype);
+  if (out.bias) out.bias += p.swapped ? i : j;
+  if (p.swapped) std::swap(i, j);
+  out.c = static_cast<char*>(out.c) + (i * out.c_stride + j) * size;
+  if (out.addend)
+    out.addend = static_cast<const char*>(out.addend) + (i * out.addend_stride + j) * size;
+  return out;
+}
+
+class Gemm {
+ public:
+  Gemm(const GemmKernels& kernels, ThreadPool& pool, const Product& product)
+      : kernels_(kernels),
+        pool_(pool),
+        p_(product),
+        serial_(double(product.M) * product.N * product.K < kSerialWork) {
+    const int64_t steps = std::max<int64_t>(1, divide_up(p_.K, kernels.kc));
+    kc_ = std::max<int64_t>(16, round_up(divide_up(p_.K, steps), 16));
+  }
+
+  void run() {
+    workspace().reserve(serial_ ? 1 : pool_.num_threads());
+    packed_a_ = workspace().packed_a();
+    const int64_t blocks = divide_up(p_.M, kMaxRows);
+    const int64_t block_rows = round_up(divide_up(p_.M, blocks), kMr);
+    for (m0_ = 0; m0_ < p_.M; m0_ += block_rows) {
+      rows_ = std::min(block_rows, p_.M - m0_);
+      tiles_ = divide_up(rows_, kMr);
+      const int64_t k_step = kPackedA / (tiles_ * kMr) / kc_ * kc_;
+      const bool keep = p_.K > k_step;
+      kept_sums_ = keep ? workspace().kept_sums() : nullptr;
+      const int64_t n_step = keep ? kKeptCols : p_.N;
+      for (n0_ = 0; n0_ < p_.N; n0_ += n_step) {
+        cols_ = std::min(n_step, p_.N - n0_);
+        k0_ = 0;
+        do {
+          k1_ = std::min(k0_ + k_step, p_.K);
+          pack_rows();
+          multiply_columns();
+          k0_ = k1_;
+        } while (k0_ < p_.K);
+      }
+    }
+  }
+
+ private:
+  template <class Body>
+  void for_pieces(int64_t pieces, Body&& body) {
+    if (!serial_) return pool_.run(pieces, body);
+    for (int64_t piece = 0; piece < pieces; ++piece) body(piece, 0);
+  }
+
+  int64_t tile_stride() const { return (k1_ - k0_) * kMr; }
+
+  void pack_rows() {
+    const int64_t per_piece = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, k1_ - k0_));
+    for_pieces(divide_up(tiles_, per_piece), [&](int64_t piece, int) {
+      const int64_t end = std::min(tiles_, (piece + 1) * per_piece);
+      for (int64_t tile = piece * per_piece; tile < end; ++tile)
+        for_terms(p_, k0_, k1_, [&](const Term& t, int64_t k, int64_t offset, int64_t count) {
+          kernels_.pack_a(packed_a_ + tile * tile_stride() + offset * kMr, t.a, t.transpose_a,
+                          m0_ + tile * kMr, std::min(kMr, rows_ - tile * kMr), k, count, t.alpha);
+        });
+    });
+  }
+
+  void multiply_columns() {
+    const int64_t groups = divide_up(cols_, kGroup), wanted = 3 * pool_.num_threads();
+    const int64_t splits =
+        serial_ ? 1 : std::clamp<int64_t>(divide_up(wanted, groups), 1, divide_up(tiles_, 8));
+    const int64_t tiles = divide_up(tiles_, splits);
+    for_pieces(groups * splits, [&](int64_t piece, int thread) {
+      const int64_t first = piece % splits * tiles, last = std::min(tiles_, first + tiles);
+      if (first < last) multiply_piece(piece / splits, first, last, workspace().own(thread));
+    });
+  }
+
+  // Columns [group * kGroup, + kGroup) of the range, A tiles [first, last).
+  void multiply_piece(int64_t group, int64_t first, int64_t last, float* own) {
+    const int64_t nr = kernels_.nr, col0 = group * kGroup;
+    const int64_t cols = std::min(kGroup, cols_ - col0), panels = divide_up(cols, nr);
+    float* const packed_b = own;
+    float* const sums = kept_sums_ ? kept_sums_ + col0 * tiles_ * kMr : own + kPackedB;
+    if (p_.K == 0) std::memset(sums, 0, tiles_ * kMr * kGroup * sizeof(float));
+    for (int64_t k = k0_; k < k1_; k += kc_) {
+      const int64_t kc = std::min(kc_, k1_ - k);
+      for (int64_t j = 0; j < panels; ++j)
+        pack_panel(packed_b + j * kc_ * nr, k, kc, n0_ + col0 + j * nr,
+                   std::min(nr, cols - j * nr));
+      for (int64_t tile = first; tile < last; tile += kernels_.tiles_sub) {
+        const int64_t end = std::min(last, tile + kernels_.tiles_sub);
+        const int64_t rows = std::min(rows_, end * kMr) - tile * kMr;
+        for (int64_t j = 0; j < panels; ++j)
+          kernels_.multiply(sums + (j * tiles_ + tile) * kMr * nr,
+                            packed_a_ + tile * tile_stride() + (k - k0_) * kMr, tile_stride(),
+                            packed_b + j * kc_ * nr, kc, rows, std::min(nr, cols - j * nr), k > 0);
+      }
+    }
+    if (k1_ < p_.K) return;
+    const int64_t row = first * kMr, rows = std::min(rows_, last * kMr) - row;
+    for (int64_t j = 0; j < panels; ++j) {
+      const GemmStore out = store_at(p_, m0_ + row, n0_ + col0 + j * nr);
+      (p_.swapped ? kernels_.store_transposed : kernels_.store)(
+          out, sums + (j * tiles_ + first) * kMr * nr, rows, std::min(nr, cols - j * nr));
+    }
+  }
+
+  void pack_panel(float* panel, int64_t k, int64_t kc, int64_t col, int64_t cols) {
+    for_terms(p_, k, k + kc, [&](const Term& t, int64_t from, int64_t offset, int64_t count) {
+      kernels_.pack_b(panel + offset * kernels_.nr, t.b, t.transpose_b, from, count, col, cols);
+    });
+  }
+
+  const GemmKernels& kernels_;
+  ThreadPool& pool_;
+  const Product& p_;
+  const bool serial_;
+  int64_t kc_;
+  float* packed_a_ = nullptr;
+  float* kept_sums_ = nullptr;  // where K takes several k0, else nullptr
+  int64_t m0_ = 0, rows_ = 0, tiles_ = 0, n0_ = 0, cols_ = 0, k0_ = 0, k1_ = 0;
+};
+
+template <class T>
+void widen_row(float* y, const void* x, int64_t offset, int64_t count, float alpha) {
+  const T* from = static_cast<const T*>(x) + offset;
+  for (int64_t k = 0; k < count; ++k) y[k] = to_float(from[k]) * alpha;
+}
+
+// Decoding: so few rows that b is read once, as it lies, and the speed is that of memory.
+void dot_products(const GemmKernels& kernels, ThreadPool& pool, const Product& p) {
+  float* const x = workspace().packed_a();  // (M, k) of each term
+  int64_t start = 0;
+  for (int i = 0; i < p.num_terms; start += p.M * p.terms[i++].k) {
+    const Term& t = p.terms[i];
+    const auto widen = t.a.dtype == DType::F32    ? widen_row<float>
+                       : t.a.dtype == DType::BF16 ? widen_row<BFloat16>
+                                                  : widen_row<Float16>;
+    for (int64_t m = 0; m < p.M; ++m)
+      widen(x + start + m * t.k, t.a.data, m * t.a.stride, t.k, t.alpha);
+  }
+  const auto body = [&](int64_t piece, int) {
+    std::array<float, kDotRows * kGroup> sums;
+    const int64_t end = std::min(p.N, (piece + 1) * kGroup);
+    for (int64_t col = piece * kGroup; col < end; col += kernels.nr) {
+      const int64_t cols = std::min(kernels.nr, end - col);
+      int64_t at = 0;
+      for (int i = 0; i < p.num_terms; at += p.M * p.terms[i++].k)
+        kernels.dot(sums.data(), kernels.nr, x + at, p.M, p.terms[i].b, col, cols, p.terms[i].k,
+                    i > 0);
+      kernels.store(store_at(p, 0, col), sums.data(), p.M, cols);
+    }
+  };
+  const int64_t pieces = divide_up(p.N, kGroup);
+  if (double(p.M) * p.N * p.K >= kSerialWork) return pool.run(pieces, body);
+  for (int64_t piece = 0; piece < pieces; ++piece) body(piece, 0);
+}
+
+bool is_for_dot_products(const Product& p) {
+  bool yes = p.M <= kDotRows && p.K > 0 && p.M * p.K <= kPackedA;
+  for (int i = 0; i < p.num_terms; ++i)
+    yes = yes && p.terms[i].transpose_b && !p.terms[i].transpose_a;
+  return yes;
+}
+
+}  // namespace
+
+void cpu_gemm(const GemmKernels& kernels, ThreadPool& pool, Tensor& c,
+              std::span<const GemmTerm> terms, const Tensor& addend, const Tensor& bias) {
+  const Tensor wide_bias = bias.defined() ? bias.to(DType::F32, Scope::Scratch) : Tensor();
+  Product p = product_of(c, terms, addend, bias.defined() ? wide_bias.data<float>() : nullptr);
+  if (p.M == 0 || p.N == 0) return;
+  if (is_for_dot_products(p)) return dot_products(kernels, pool, p);
+  if (p.N <= kNarrow && p.M > p.N) swap_operands(p);
+  Gemm(kernels, pool, p).run();
+}
+
+void cpu_gemm(Tensor& c, std::span<const GemmTerm> terms, const Tensor& addend,
+              const Tensor& bias) {
+  static const GemmKernels& kernels = gemm_kernels(cpu_choice().path);
+  cpu_gemm(kernels, thread_pool(), c, terms, addend, bias);
+}
+
+int64_t gemm_scratch_bytes(int threads) {
+  return (kPackedA + kKeptSums + threads * (kPackedB + kOwnSums)) * int64_t(sizeof(float));
+}
+
+const GemmKernels& gemm_kernels(CpuPath path) {
+  switch (path) {
+    case CpuPath::Avx512:
+      return avx512::gemm_kernels;
+    case CpuPath::Avx2:
+      return avx2::gemm_kernels;
+    default:
+      return portable::gemm_kernels;
+  }
+}
+
+const GemmKernels& gemm_kernels_wide16() { return wide16::gemm_kernels; }
+
+}  // namespace graft

@@ -1,0 +1,316 @@
+// Packing, the micro kernel and the store of the matrix product, for one instruction set.
+//
+// A tile of 6 x nr sums stays in registers while k runs: 24 + 4 + 1 registers of 32 with AVX-512
+// (nr = 64), 12 + 2 + 1 of 16 with AVX2 (nr = 16). Every sum is one chain of multiply-adds over k
+// in the same order in full tiles and at the edges, so a result's bytes don't depend on where it
+// lies.
+#include "tensor/cpu/kernels/gemm_kernels.h"
+
+#include "tensor/cpu/kernels/gemm_simd.h"
+
+namespace graft::GRAFT_ISA {
+namespace {
+
+constexpr int kVectors = kLanes == 16 ? 4 : 2;  // of a panel
+constexpr int kNr = kVectors * kLanes;
+
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+const T* at(const GemmMatrix& m, int64_t i, int64_t j) {
+  return static_cast<const T*>(m.data) + i * m.stride + j;
+}
+
+// Calls f(T{}) with T the type of the elements.
+template <class F>
+void with_type(DType dtype, F&& f) {
+  if (dtype == DType::F32)
+    f(float{});
+  else if (dtype == DType::BF16)
+    f(BFloat16{});
+  else
+    f(Float16{});
+}
+
+// --- packing ---
+
+// Six rows (zero past `rows`) of a row-major matrix, transposed: tile[k][6].
+template <class T>
+void pack_a_rows(float* tile, const T* a, int64_t stride, int64_t rows, int64_t count,
+                 float alpha) {
+  int64_t k = 0;
+#if defined(__AVX2__)
+  const Vec8 factor = Vec8::broadcast(alpha);
+  if (rows == kMr) {
+    for (; k + 8 <= count; k += 8) {
+      Vec8 r[8];
+#pragma GCC unroll 6
+      for (int i = 0; i < 6; ++i) r[i] = Vec8::load(a + i * stride + k) * factor;
+      r[6] = r[7] = Vec8::zero();
+      transpose(r);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) r[i].store_first6(tile + (k + i) * kMr);
+    }
+  }
+#endif
+  for (; k < count; ++k)
+    for (int64_t i = 0; i < kMr; ++i)
+      tile[k * kMr + i] = i < rows ? widen(a[i * stride + k]) * alpha : 0.0f;
+}
+
+// Six columns of a row-major matrix: tile[k][6] as they lie.
+template <class T>
+void pack_a_cols(float* tile, const T* a, int64_t stride, int64_t rows, int64_t count,
+                 float alpha) {
+  if (rows == kMr) {
+    for (int64_t k = 0; k < count; ++k)
+#pragma GCC unroll 6
+      for (int i = 0; i < kMr; ++i) tile[k * kMr + i] = widen(a[k * stride + i]) * alpha;
+    return;
+  }
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t i = 0; i < kMr; ++i)
+      tile[k * kMr + i] = i < rows ? widen(a[k * stride + i]) * alpha : 0.0f;
+}
+
+void pack_a(float* tile, const GemmMatrix& a, bool transposed, int64_t row, int64_t rows, int64_t k,
+            int64_t count, float alpha) {
+  with_type(a.dtype, [&]<class T>(T) {
+    if (transposed)
+      pack_a_cols(tile, at<T>(a, k, row), a.stride, rows, count, alpha);
+    else
+      pack_a_rows(tile, at<T>(a, row, k), a.stride, rows, count, alpha);
+  });
+}
+
+// Rows of a row-major (count, cols), cut to the panel: panel[k][nr].
+template <class T>
+void pack_b_rows(float* panel, const T* b, int64_t stride, int64_t count, int64_t cols) {
+  for (int64_t k = 0; k < count; ++k, b += stride, panel += kNr) {
+    if (cols == kNr) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) Vec::load(b + j * kLanes).store(panel + j * kLanes);
+    } else {
+      for (int64_t j = 0; j < cols; ++j) panel[j] = widen(b[j]);
+      for (int64_t j = cols; j < kNr; ++j) panel[j] = 0.0f;
+    }
+  }
+}
+
+// The transpose of a row-major (cols, count), a square of lanes x lanes at a time.
+template <class T>
+void pack_b_cols(float* panel, const T* b, int64_t stride, int64_t count, int64_t cols) {
+  for (int j = 0; j < kNr; j += kLanes, b += kLanes * stride) {
+    const int64_t valid = cols - j < kLanes ? cols - j : kLanes;  // may be negative
+    for (int64_t k = 0; k < count; k += kLanes) {
+      Vec r[kLanes];
+      if (valid == kLanes && k + kLanes <= count) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) r[i] = Vec::load(b + i * stride + k);
+      } else {
+        for (int i = 0; i < kLanes; ++i)
+          r[i] = i < valid ? load_first(b + i * stride + k, min(kLanes, count - k)) : Vec::zero();
+      }
+      transpose(r);
+      if (k + kLanes <= count) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) r[i].store(panel + (k + i) * kNr + j);
+      } else {
+        for (int64_t i = 0; i < count - k; ++i) r[i].store(panel + (k + i) * kNr + j);
+      }
+    }
+  }
+}
+
+void pack_b(float* panel, const GemmMatrix& b, bool transposed, int64_t k, int64_t count,
+            int64_t col, int64_t cols) {
+  with_type(b.dtype, [&]<class T>(T) {
+    if (transposed)
+      pack_b_cols(panel, at<T>(b, col, k), b.stride, count, cols);
+    else
+      pack_b_rows(panel, at<T>(b, k, col), b.stride, count, cols);
+  });
+}
+
+// --- the micro kernel ---
+
+// sums (R, V * lanes) = or += A tile (kc, 6)^T times panel (kc, nr), the first R rows and V
+// vectors.
+template <int R, int V>
+void multiply_tile(float* __restrict sums, const float* __restrict a, const float* __restrict b,
+                   int64_t kc, bool accumulate) {
+  Vec c[R][V];
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) c[i][j] = Vec::zero();
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < kc; ++k) {
+    Vec row[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) row[j] = Vec::load(b + j * kLanes);
+#pragma GCC unroll 6
+    for (int i = 0; i < R; ++i) {
+      const Vec x = Vec::broadcast(a[i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) c[i][j] = multiply_add(x, row[j], c[i][j]);
+    }
+    a += kMr;
+    b += kNr;
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) {
+      float* const s = sums + i * kNr + j * kLanes;
+      (accumulate ? Vec::load(s) + c[i][j] : c[i][j]).store(s);
+    }
+}
+
+template <int V>
+void multiply_rows(int64_t rows, float* sums, const float* a, const float* b, int64_t kc,
+                   bool accumulate) {
+  switch (rows) {
+    case 1:
+      return multiply_tile<1, V>(sums, a, b, kc, accumulate);
+    case 2:
+      return multiply_tile<2, V>(sums, a, b, kc, accumulate);
+    case 3:
+      return multiply_tile<3, V>(sums, a, b, kc, accumulate);
+    case 4:
+      return multiply_tile<4, V>(sums, a, b, kc, accumulate);
+    case 5:
+      return multiply_tile<5, V>(sums, a, b, kc, accumulate);
+    default:
+      return multiply_tile<6, V>(sums, a, b, kc, accumulate);
+  }
+}
+
+void multiply(float* sums, const float* a, int64_t tile_stride, const float* panel, int64_t kc,
+              int64_t rows, int64_t cols, bool accumulate) {
+  const int64_t vectors = (cols + kLanes - 1) / kLanes;
+  for (; rows > 0; rows -= kMr, sums += kMr * kNr, a += tile_stride) {
+    if (vectors == kVectors)
+      multiply_rows<kVectors>(rows, sums, a, panel, kc, accumulate);
+    else if (vectors == 1)
+      multiply_rows<1>(rows, sums, a, panel, kc, accumulate);
+    else if constexpr (kVectors == 4) {
+      if (vectors == 2)
+        multiply_rows<2>(rows, sums, a, panel, kc, accumulate);
+      else
+        multiply_rows<3>(rows, sums, a, panel, kc, accumulate);
+    }
+  }
+}
+
+// --- the store ---
+
+template <class T>
+void store_typed(const GemmStore& out, const float* sums, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i, sums += kNr) {
+    T* const c = static_cast<T*>(out.c) + i * out.c_stride;
+    const T* const addend =
+        out.addend ? static_cast<const T*>(out.addend) + i * out.addend_stride : nullptr;
+    int64_t j = 0;
+    for (; j + kLanes <= cols; j += kLanes) {
+      Vec y = Vec::load(sums + j);
+      if (out.bias) y = y + Vec::load(out.bias + j);
+      if (addend) y = y + Vec::load(addend + j);
+      y.store(c + j);
+    }
+    for (; j < cols; ++j) {
+      float y = sums[j];
+      if (out.bias) y += out.bias[j];
+      if (addend) y += widen(addend[j]);
+      narrow(c + j, y);
+    }
+  }
+}
+
+void store(const GemmStore& out, const float* sums, int64_t rows, int64_t cols) {
+  if (out.dtype == DType::F32)
+    store_typed<float>(out, sums, rows, cols);
+  else
+    store_typed<BFloat16>(out, sums, rows, cols);
+}
+
+template <class T>
+void store_transposed_typed(const GemmStore& out, const float* sums, int64_t rows, int64_t cols) {
+  for (int64_t j = 0; j < cols; ++j) {
+    T* const c = static_cast<T*>(out.c) + j * out.c_stride;
+    const T* const addend =
+        out.addend ? static_cast<const T*>(out.addend) + j * out.addend_stride : nullptr;
+    for (int64_t i = 0; i < rows; ++i) {
+      float y = sums[i * kNr + j];
+      if (out.bias) y += out.bias[i];
+      if (addend) y += widen(addend[i]);
+      narrow(c + i, y);
+    }
+  }
+}
+
+void store_transposed(const GemmStore& out, const float* sums, int64_t rows, int64_t cols) {
+  if (out.dtype == DType::F32)
+    store_transposed_typed<float>(out, sums, rows, cols);
+  else
+    store_transposed_typed<BFloat16>(out, sums, rows, cols);
+}
+
+// --- few rows: dot products with the rows of w as they lie ---
+
+// R dot products of x with rows of w: two vectors of partial sums each, added in a fixed order.
+template <int R, class T>
+void dot_rows(float* y, const float* x, const T* w, int64_t stride, int64_t count,
+              bool accumulate) {
+  Vec even[R], odd[R];
+  for (int r = 0; r < R; ++r) even[r] = odd[r] = Vec::zero();
+  int64_t k = 0;
+  for (; k + 2 * kLanes <= count; k += 2 * kLanes) {
+    const Vec x0 = Vec::load(x + k), x1 = Vec::load(x + k + kLanes);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      even[r] = multiply_add(Vec::load(w + r * stride + k), x0, even[r]);
+      odd[r] = multiply_add(Vec::load(w + r * stride + k + kLanes), x1, odd[r]);
+    }
+  }
+  for (; k < count; k += kLanes) {
+    const int64_t n = min(kLanes, count - k);
+    const Vec x0 = load_first(x + k, n);
+    for (int r = 0; r < R; ++r)
+      even[r] = multiply_add(load_first(w + r * stride + k, n), x0, even[r]);
+  }
+  for (int r = 0; r < R; ++r) y[r] = sum(even[r] + odd[r]) + (accumulate ? y[r] : 0.0f);
+}
+
+void dot(float* sums, int64_t sums_stride, const float* x, int64_t m, const GemmMatrix& w,
+         int64_t row, int64_t rows, int64_t count, bool accumulate) {
+  with_type(w.dtype, [&]<class T>(T) {
+    int64_t j = 0;
+    for (; j + 4 <= rows; j += 4)
+      for (int64_t i = 0; i < m; ++i)
+        dot_rows<4>(sums + i * sums_stride + j, x + i * count, at<T>(w, row + j, 0), w.stride,
+                    count, accumulate);
+    for (; j < rows; ++j)
+      for (int64_t i = 0; i < m; ++i)
+        dot_rows<1>(sums + i * sums_stride + j, x + i * count, at<T>(w, row + j, 0), w.stride,
+                    count, accumulate);
+  });
+}
+
+}  // namespace
+
+// The sizes: a panel of kc x nr and the A tile beside it fit the L1 cache with nr = 16 and the L2
+// with nr = 64; tiles_sub tiles of kc take half of an L2 of 512 KiB.
+extern const GemmKernels gemm_kernels = {
+    kNr,
+    kLanes == 16 ? 512 : 256,
+    kLanes == 16 ? 128 : 40,
+    pack_a,
+    pack_b,
+    multiply,
+    store,
+    store_transposed,
+    dot,
+};
+
+}  // namespace graft::GRAFT_ISA

@@ -1,0 +1,71 @@
+// The inner loops of the matrix product as a table of functions, one table per instruction set
+// (gemm_kernels.cpp is compiled once for each). tensor/cpu/gemm.cpp cuts the work into pieces.
+//
+// Packed layouts, all F32, kMr = 6 rows to a tile, nr columns to a panel:
+//   A tile    [k][6]             op(a) times alpha, rows past the end zero
+//   B panel   [k][nr]            op(b), columns past the end zero
+//   sums      [tile][6][nr]      of one panel
+#pragma once
+
+#include <cstdint>
+
+#include "tensor/dtype.h"
+
+namespace graft {
+
+constexpr int64_t kMr = 6;
+
+// Where an operand lies: element (i, j) is at data + i * stride + j.
+struct GemmMatrix {
+  const void* data;
+  int64_t stride;
+  DType dtype;
+};
+
+// One panel of results on its way out: c = sums + bias + addend, rounded once.
+struct GemmStore {
+  void* c;  // of the panel's first row and column
+  int64_t c_stride;
+  DType dtype;         // of c and addend
+  const void* addend;  // or nullptr
+  int64_t addend_stride;
+  const float* bias;  // per column, from the panel's first; or nullptr
+};
+
+struct GemmKernels {
+  int64_t nr;         // columns of a panel
+  int64_t kc;         // the most k between two passes over the sums
+  int64_t tiles_sub;  // A tiles that are kept in the L2 cache while the panels of a group pass
+  // (rows, count) of a row-major matrix, or where `transposed` the transpose of (count, rows), from
+  // (row, k) on into one A tile.
+  void (*pack_a)(float* tile, const GemmMatrix& a, bool transposed, int64_t row, int64_t rows,
+                 int64_t k, int64_t count, float alpha);
+  // (count, cols) from (k, col) on into one B panel; transposed: b is (cols, count) row-major.
+  void (*pack_b)(float* panel, const GemmMatrix& b, bool transposed, int64_t k, int64_t count,
+                 int64_t col, int64_t cols);
+  // sums [tile][6][nr] of `rows` rows = or += A tiles, tile_stride apart, times a panel of kc x
+  // cols.
+  void (*multiply)(float* sums, const float* a, int64_t tile_stride, const float* panel, int64_t kc,
+                   int64_t rows, int64_t cols, bool accumulate);
+  void (*store)(const GemmStore& out, const float* sums, int64_t rows, int64_t cols);
+  // c is (cols, rows): sums transposed on their way out, bias per row of the sums.
+  void (*store_transposed)(const GemmStore& out, const float* sums, int64_t rows, int64_t cols);
+  // sums[m * nr_out + j] = or += sum over k of x[m * count + k] * w(row + j, k): for few rows m.
+  void (*dot)(float* sums, int64_t sums_stride, const float* x, int64_t m, const GemmMatrix& w,
+              int64_t row, int64_t rows, int64_t count, bool accumulate);
+};
+
+namespace portable {
+extern const GemmKernels gemm_kernels;
+}
+namespace avx2 {
+extern const GemmKernels gemm_kernels;
+}
+namespace avx512 {
+extern const GemmKernels gemm_kernels;
+}
+namespace wide16 {
+extern const GemmKernels gemm_kernels;
+}
+
+}  // namespace graft
