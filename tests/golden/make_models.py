@@ -224,7 +224,8 @@ def make(name):
         "parameters": sum(p.numel() for p in model.parameters())})
     differs = largest_difference([half], logits[:1])
     print(f"{name}: largest logit {max(float(l.abs().max()) for l in logits):.2f}; bf16 differs by "
-          f"{differs:.1e}, by arithmetic alone {rounding:.1e}; greedy margin {margin:.1e}, {len(set(greedy_ids))} different ids")
+          f"{differs:.1e}, by arithmetic alone {rounding:.1e}; greedy margin {margin:.1e}, "
+          f"{len(set(greedy_ids))} different ids")
 
 
 def main():
