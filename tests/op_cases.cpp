@@ -1,0 +1,163 @@
+// The rows of the table of ops, and the random inputs they run on.
+#include "tests/op_cases.h"
+
+#include <cmath>
+
+#include "tensor/random.h"
+
+namespace graft {
+
+namespace {
+
+constexpr InputKind kX = InputKind::Activation;
+constexpr InputKind kW = InputKind::Weight;
+constexpr InputKind kA = InputKind::Adapter;
+
+using Inputs = std::vector<Variable>;
+
+Tensor random_ids(int64_t n, int64_t below, uint64_t seed) {
+  Random random(seed);
+  std::vector<int32_t> ids;
+  for (int64_t i = 0; i < n; ++i) ids.push_back(int32_t(random.below(uint64_t(below))));
+  return Tensor::from_ints({n}, ids);
+}
+
+// Two of three rows have a label, the first does not.
+Tensor some_labels(int64_t T, int64_t V) {
+  Tensor labels = random_ids(T, V, 77);
+  for (int64_t t = 0; t < T; t += 3) labels.data<int32_t>()[t] = ops::kIgnoreLabel;
+  return labels;
+}
+
+// (positions, D): cos in the first half, sin in the second, base 100.
+Tensor rotary_table(int64_t positions, int64_t D, DType dtype) {
+  std::vector<double> table;
+  for (int64_t p = 0; p < positions; ++p)
+    for (int64_t c = 0; c < D; ++c) {
+      const double angle = double(p) * std::pow(100.0, -2.0 * double(c % (D / 2)) / double(D));
+      table.push_back(c < D / 2 ? std::cos(angle) : std::sin(angle));
+    }
+  return Tensor::from_floats({positions, D}, table, dtype == DType::F64 ? dtype : DType::F32);
+}
+
+Variable run_lora(const Inputs& in, bool with_bias, double dropout_p) {
+  ops::LoraArguments lora{in[in.size() - 2], in[in.size() - 1], 1.5, dropout_p, {}};
+  lora.key = {.seed = 0x123456789abcdef0u, .step = 3, .module = 5, .first_row = 1000};
+  return ops::lora_linear(in[0], in[1], with_bias ? in[2] : Variable(), lora);
+}
+
+OpCase attention_case(const std::string& name, int64_t T, int64_t heads, int64_t kv_heads,
+                      int64_t D) {
+  return {name,
+          {{kX, {T, heads, D}}, {kX, {T, kv_heads, D}}, {kX, {T, kv_heads, D}}},
+          [T, D](const Inputs& in, DType) {
+            return ops::attention(in[0], in[1], in[2], make_cu_seqlens(T),
+                                  1 / std::sqrt(double(D)));
+          }};
+}
+
+std::vector<OpCase> elementwise_cases(const OpSizes& s) {
+  const int64_t T = s.T, H = s.H;
+  return {
+      {"add",
+       {{kX, {T, H}}, {kX, {T, H}}},
+       [](const Inputs& in, DType) { return ops::add(in[0], in[1]); }},
+      {"add_to_itself",
+       {{kX, {T, H}}},
+       [](const Inputs& in, DType) { return ops::add(in[0], in[0]); }},
+      {"reshape",
+       {{kX, {T, H}}},
+       [T, H](const Inputs& in, DType) {
+         return ops::reshape(in[0], {T, 1, H});
+       }},
+      {"scale", {{kX, {T, H}}}, [](const Inputs& in, DType) { return ops::scale(in[0], -1.7); }},
+      {"swiglu",
+       {{kX, {T, H}}, {kX, {T, H}}},
+       [](const Inputs& in, DType) { return ops::swiglu(in[0], in[1]); }},
+      {"embedding",
+       {{kW, {s.V, H}}},
+       [T, s](const Inputs& in, DType dtype) {
+         return ops::embedding(random_ids(T, s.V, 3), in[0], dtype);
+       }},
+      {"rms_norm",
+       {{kX, {T, H}}, {kW, {H}}},
+       [](const Inputs& in, DType) { return ops::rms_norm(in[0], in[1], 1e-5); }},
+      {"rms_norm_of_heads",
+       {{kX, {T, s.heads, s.D}}, {kW, {s.D}}},
+       [](const Inputs& in, DType) { return ops::rms_norm(in[0], in[1], 1e-6); }},
+      {"rope",
+       {{kX, {T, s.heads, s.D}}},
+       [T, s](const Inputs& in, DType dtype) {
+         return ops::rope(in[0], random_ids(T, 2 * T, 4), rotary_table(2 * T, s.D, dtype));
+       }},
+  };
+}
+
+std::vector<OpCase> product_cases(const OpSizes& s) {
+  const int64_t T = s.T, H = s.H, N = s.N, r = s.r, V = s.V;
+  return {
+      {"linear",
+       {{kX, {T, H}}, {kW, {N, H}}},
+       [](const Inputs& in, DType) { return ops::linear(in[0], in[1]); }},
+      {"linear_with_bias",
+       {{kX, {T, H}}, {kW, {N, H}}, {kW, {N}}},
+       [](const Inputs& in, DType) { return ops::linear(in[0], in[1], in[2]); }},
+      {"lora_linear",
+       {{kX, {T, H}}, {kW, {N, H}}, {kA, {r, H}}, {kA, {N, r}}},
+       [](const Inputs& in, DType) { return run_lora(in, false, 0); }},
+      {"lora_linear_with_bias_and_dropout",
+       {{kX, {T, H}}, {kW, {N, H}}, {kW, {N}}, {kA, {r, H}}, {kA, {N, r}}},
+       [](const Inputs& in, DType) { return run_lora(in, true, 0.3); }},
+      {"linear_cross_entropy",
+       {{kX, {T, H}}, {kW, {V, H}}},
+       [T, V](const Inputs& in, DType) {
+         return ops::linear_cross_entropy(in[0], in[1], some_labels(T, V), 0.1);
+       }},
+      {"linear_cross_entropy_in_chunks",
+       {{kX, {T, H}}, {kW, {V, H}}},
+       [T, V](const Inputs& in, DType) {
+         return ops::linear_cross_entropy(in[0], in[1], some_labels(T, V), 0.1, nullptr, 2);
+       }},
+  };
+}
+
+}  // namespace
+
+std::vector<OpCase> op_cases(const OpSizes& s) {
+  std::vector<OpCase> cases = elementwise_cases(s);
+  for (OpCase& op : product_cases(s)) cases.push_back(std::move(op));
+  cases.push_back(attention_case("attention_grouped", s.T, s.heads, s.kv_heads, s.D));
+  cases.push_back(attention_case("attention_multi_query", s.T, s.heads, 1, s.D));
+  cases.push_back(attention_case("attention_multi_head", s.T, s.heads, s.heads, s.D));
+  return cases;
+}
+
+Tensor random_tensor(Shape shape, DType dtype, uint64_t seed, double stddev) {
+  Random random(seed);
+  std::vector<double> values;
+  for (int64_t i = 0; i < shape.num_elements(); ++i) values.push_back(stddev * random.normal());
+  return Tensor::from_floats(shape, values, dtype);
+}
+
+Tensor make_cu_seqlens(int64_t T) {
+  const auto end = int32_t(T);
+  return Tensor::from_ints({5}, {0, 1, 1, end / 3 + 1, end});
+}
+
+std::vector<Variable> make_inputs(const OpCase& op, const OpDtypes& dtypes, uint64_t mask) {
+  const DType adapter = dtypes.activation == DType::F64 ? DType::F64 : DType::F32;
+  std::vector<Variable> inputs;
+  for (size_t i = 0; i < op.inputs.size(); ++i) {
+    const OpInput& input = op.inputs[i];
+    const DType dtype = input.kind == kX   ? dtypes.activation
+                        : input.kind == kW ? dtypes.weight
+                                           : adapter;
+    // Products of matrices keep a variance near 1.
+    const bool matrix = input.kind != kX && input.shape.rank() == 2;
+    const double stddev = matrix ? 1 / std::sqrt(double(input.shape[1])) : 1;
+    inputs.emplace_back(random_tensor(input.shape, dtype, 100 + i, stddev), (mask >> i & 1) != 0);
+  }
+  return inputs;
+}
+
+}  // namespace graft
