@@ -9,7 +9,7 @@ from peft import PeftModel
 ROW_LENGTHS = (17, 9)
 
 PATTERNS = {"use_rslora": True, "rank_pattern": {"q_proj": 2, r"model.layers.1.mlp.down_proj": 6},
-            "alpha_pattern": {"v_proj": 3, r"layers\.1\.self_attn\.q_proj": 16}}
+            "alpha_pattern": {"v_proj": 3, r"layers\.1\.self_attn\.q_proj": 5}}
 
 # case: (model, seed, other keys of LoraConfig)
 CASES = {

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common import MODELS, fresh_folder, generator, largest_difference, load_model, logits_of
+from common import fresh_folder, generator, largest_difference, load_model, logits_of
 from common import write_json
 
 ROW_LENGTHS = (22, 13)

@@ -19,7 +19,7 @@ CASES = {
     "llama_gqa": ("llama_gqa", 201, {}, {"max_grad_norm": 10.0}),
     "qwen2_tied": ("qwen2_tied", 202, {}, {}),
     "qwen3_tied": ("qwen3_tied", 203, {}, {"weight_decay": 0.01, "max_grad_norm": 14.0}),
-    "patterns": ("qwen3_tied", 204, PATTERNS, {}),
+    "patterns": ("qwen3_tied", 204, {**PATTERNS, "lora_alpha": 4}, {}),
     "layers_to_transform": ("llama_gqa", 205, {"layers_to_transform": [1]}, {}),
 }
 SOME_CLIPPED = ("llama_gqa", "qwen3_tied")  # here the norm crosses the bound
