@@ -4,21 +4,10 @@
 #include <cstdint>
 #include <string>
 
+#include "nn/rotary.h"
 #include "tensor/dtype.h"
 
 namespace graft {
-
-struct RopeConfig {
-  double rope_theta = 10000;
-  enum class Type { Default, Linear, Llama3, Yarn } type = Type::Default;
-  double factor = 1;
-  // llama3
-  double low_freq_factor = 1, high_freq_factor = 4;
-  int64_t original_max_position_embeddings = 0;  // llama3, yarn
-  // yarn; negative: not given
-  double attention_factor = -1, beta_fast = 32, beta_slow = 1, mscale = -1, mscale_all_dim = -1;
-  bool truncate = true;
-};
 
 struct ModelConfig {
   std::string architecture;  // "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"

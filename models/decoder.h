@@ -45,7 +45,8 @@ struct KvCache {
 
 class Decoder {
  public:
-  // Weights undefined until load_weights (models/weights.h), or random_init.
+  // Weights have their shapes but no bytes (Device::Meta) until load_model or random_model
+  // (models/weights.h) gives them values.
   explicit Decoder(const ModelConfig& config, DType compute_dtype, Device device = Device::CPU);
 
   const ModelConfig& config() const { return config_; }
@@ -76,11 +77,24 @@ class Decoder {
   Linear lm_head;  // tied: its weight is the same Variable as embed_tokens.weight
 
  private:
+  // q, k, v of a layer, ready for attention: (T, heads, D), rotated.
+  struct Heads {
+    Variable q, k, v;
+  };
+  Heads heads(const DecoderLayer& layer, const Variable& x, const Tensor& positions,
+              const ForwardContext& context) const;
+  // The rest of a layer: attended (T, heads, D) back into the residual stream x, then the MLP.
+  Variable finish_layer(const DecoderLayer& layer, const Variable& x, const Variable& attended,
+                        const ForwardContext& context) const;
   Variable layer_forward(const DecoderLayer& layer, const Variable& x, const PackedBatch& batch,
-                         const ForwardContext& context);
+                         const ForwardContext& context) const;
+  Variable embed(const Tensor& input_ids) const;
+  void reserve_positions(int64_t positions);
+  double attention_scale() const;
   ModelConfig config_;
   DType compute_dtype_;
   Device device_;
+  RotaryFrequencies frequencies_;
   Tensor cos_sin_;  // (positions, D), grown when a longer row comes
 };
 

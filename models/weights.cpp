@@ -1,0 +1,403 @@
+#include "models/weights.h"
+
+#include <algorithm>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <set>
+
+#include "models/json_file.h"
+#include "tensor/backend.h"
+#include "tensor/safetensors.h"
+#include "tensor/thread_pool.h"
+
+namespace graft {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int64_t kPiece = 1 << 20;  // elements that one thread takes at a time
+
+// The tensors of a model directory by name, from one file or from shards.
+class Checkpoint {
+ public:
+  explicit Checkpoint(const std::string& directory) : directory_(directory) {
+    const std::string single = path_of("model.safetensors");
+    const std::string index = path_of("model.safetensors.index.json");
+    if (fs::exists(single)) {
+      add_file(single);
+    } else if (fs::exists(index)) {
+      add_shards(index);
+    } else {
+      fail(directory, ": neither model.safetensors nor model.safetensors.index.json is there",
+           fs::exists(path_of("pytorch_model.bin"))
+               ? "; pytorch_model.bin is not supported, save the model as safetensors"
+               : "");
+    }
+    strip_or_add_prefix();
+  }
+
+  // The file that holds `name`, or the name that its metadata gives as an alias; nullptr: neither.
+  const SafetensorsFile* file_of(const std::string& name) const {
+    const auto found = where_.find(name);
+    return found == where_.end() ? nullptr : found->second.file.get();
+  }
+  const SafetensorsEntry& entry(const std::string& name) const {
+    const Place& place = where_.at(name);
+    return *place.file->find(place.stored_name);
+  }
+  Tensor tensor(const std::string& name) const {
+    const Place& place = where_.at(name);
+    return place.file->tensor(place.stored_name);
+  }
+  std::string alias_of(const std::string& name) const {
+    for (const auto& file : files_) {
+      const auto found = file->metadata().find(name);
+      if (found != file->metadata().end() && where_.count(found->second)) return found->second;
+    }
+    return name;
+  }
+  std::vector<std::string> names() const {
+    std::vector<std::string> all;
+    for (const auto& [name, place] : where_) all.push_back(name);
+    return all;
+  }
+
+ private:
+  struct Place {
+    std::shared_ptr<const SafetensorsFile> file;
+    std::string stored_name;
+  };
+
+  std::string path_of(const std::string& file) const {
+    return (fs::path(directory_) / file).string();
+  }
+
+  void add_file(const std::string& path) {
+    files_.push_back(std::make_shared<SafetensorsFile>(path));
+    for (const SafetensorsEntry& entry : files_.back()->entries())
+      where_[entry.name] = {files_.back(), entry.name};
+  }
+
+  // weight_map: {tensor name: file name}. Tensors of a shard that it does not name are not loaded.
+  void add_shards(const std::string& index) {
+    const nlohmann::json json = read_json_object(index);
+    CHECK(json.contains("weight_map") && json["weight_map"].is_object() &&
+              !json["weight_map"].empty(),
+          index, ": weight_map is missing or empty");
+    std::map<std::string, std::shared_ptr<const SafetensorsFile>> opened;
+    for (const auto& [name, value] : json["weight_map"].items()) {
+      CHECK(value.is_string(), index, ": weight_map gives no file name for tensor '", name, "'");
+      const std::string shard = value.get<std::string>();
+      CHECK(!shard.empty() && shard.find('/') == std::string::npos && shard != "..", index,
+            ": weight_map names the file '", shard, "', wanted a name in the same directory");
+      auto& file = opened[shard];
+      if (!file) {
+        CHECK(fs::exists(path_of(shard)), path_of(shard), ": this shard is missing; ", index,
+              " names it for tensor '", name, "'");
+        file = std::make_shared<SafetensorsFile>(path_of(shard));
+        files_.push_back(file);
+      }
+      CHECK(file->find(name), path_of(shard), ": tensor '", name, "' is missing; ", index,
+            " says it is there");
+      where_[name] = {file, name};
+    }
+  }
+
+  // A base model saved without its head has no "model." before its names; transformers adds it.
+  void strip_or_add_prefix() {
+    if (!where_.count("embed_tokens.weight") || where_.count("model.embed_tokens.weight")) return;
+    std::map<std::string, Place> renamed;
+    for (auto& [name, place] : where_) {
+      const bool inside = name.rfind("lm_head.", 0) != 0 && name.rfind("model.", 0) != 0;
+      renamed[inside ? "model." + name : name] = std::move(place);
+    }
+    where_ = std::move(renamed);
+  }
+
+  std::string directory_;
+  std::vector<std::shared_ptr<const SafetensorsFile>> files_;
+  std::map<std::string, Place> where_;
+};
+
+// Whether any element is infinite or NaN: its exponent is all ones. OR over a piece keeps the loop
+// free of branches, so that it runs at the speed of memory.
+template <class Word>
+bool has_non_finite(const Word* words, int64_t count, Word exponent) {
+  Word found = 0;
+  for (int64_t i = 0; i < count; ++i) found |= Word((words[i] & exponent) == exponent);
+  return found != 0;
+}
+
+bool all_finite(const Tensor& tensor) {
+  const int64_t count = tensor.num_elements(), pieces = (count + kPiece - 1) / kPiece;
+  std::vector<uint8_t> bad(size_t(std::max<int64_t>(pieces, 1)), 0);
+  const auto scan = [&]<class Word>(const Word* words, Word exponent) {
+    const auto piece_scan = [&](int64_t piece, int) {
+      const int64_t begin = piece * kPiece, length = std::min(kPiece, count - begin);
+      bad[size_t(piece)] = has_non_finite<Word>(words + begin, length, exponent);
+    };
+    if (pieces == 1)
+      piece_scan(0, 0);
+    else
+      thread_pool().run(pieces, piece_scan);
+  };
+  switch (tensor.dtype()) {
+    case DType::F32:
+      scan(static_cast<const uint32_t*>(tensor.raw()), uint32_t(0x7f800000));
+      break;
+    case DType::BF16:
+      scan(static_cast<const uint16_t*>(tensor.raw()), uint16_t(0x7f80));
+      break;
+    case DType::F16:
+      scan(static_cast<const uint16_t*>(tensor.raw()), uint16_t(0x7c00));
+      break;
+    default:
+      fail("all_finite: dtype ", dtype_name(tensor.dtype()));
+  }
+  return std::none_of(bad.begin(), bad.end(), [](uint8_t b) { return b != 0; });
+}
+
+bool same_bytes(const Tensor& a, const Tensor& b) {
+  return a.shape() == b.shape() && a.dtype() == b.dtype() &&
+         std::memcmp(a.raw(), b.raw(), size_t(a.num_bytes())) == 0;
+}
+
+// The dtype that most weights of the file have; F16 is computed in F32.
+DType dtype_of_file(const Checkpoint& checkpoint) {
+  std::map<std::string, int64_t> bytes;
+  for (const std::string& name : checkpoint.names()) {
+    const SafetensorsEntry& entry = checkpoint.entry(name);
+    bytes[entry.dtype] += entry.end - entry.begin;
+  }
+  const auto most = std::max_element(bytes.begin(), bytes.end(),
+                                     [](auto& a, auto& b) { return a.second < b.second; });
+  return most != bytes.end() && most->first == "BF16" ? DType::BF16 : DType::F32;
+}
+
+// The dtype in which a weight is kept. F32 computes with the bytes of any file exactly as they are;
+// BF16 rounds what is not BF16.
+DType kept_dtype(DType stored, DType compute) { return compute == DType::F32 ? stored : compute; }
+
+int64_t bytes_available() {
+  int64_t available = INT64_MAX;
+  std::ifstream meminfo("/proc/meminfo");
+  for (std::string key; meminfo >> key;) {
+    int64_t kilobytes = 0;
+    if (key == "MemAvailable:" && meminfo >> kilobytes) available = kilobytes * 1024;
+  }
+  // A container may have less than its machine.
+  int64_t limit = 0, used = 0;
+  if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit &&
+      std::ifstream("/sys/fs/cgroup/memory.current") >> used)
+    available = std::min(available, std::max<int64_t>(limit - used, 0));
+  return available;
+}
+
+// Gives every parameter of the model its tensor from the checkpoint.
+class Loader : public Visitor {
+ public:
+  Loader(const std::string& directory, const Checkpoint& checkpoint, DType compute)
+      : directory_(directory), checkpoint_(checkpoint), compute_(compute) {}
+
+  // First pass: names, shapes, dtypes; nothing is read or allocated before all are right.
+  void parameter(const std::string& name, Variable& value) override {
+    std::string stored = name;
+    if (!checkpoint_.file_of(stored)) stored = checkpoint_.alias_of(name);
+    if (!checkpoint_.file_of(stored) && name == "model.embed_tokens.weight" && tied_)
+      stored = "lm_head.weight";
+    CHECK(checkpoint_.file_of(stored), directory_, ": tensor '", name,
+          "' is missing from the weights (", checkpoint_.names().size(), " tensors)",
+          name == "lm_head.weight" ? "; should config.json have tie_word_embeddings: true?" : "");
+    const SafetensorsEntry& entry = checkpoint_.entry(stored);
+    const std::string& path = checkpoint_.file_of(stored)->path();
+    CHECK(entry.dtype == "F32" || entry.dtype == "BF16" || entry.dtype == "F16", path, ": tensor '",
+          name, "' has the dtype ", entry.dtype, ", graft reads F32, BF16 and F16");
+    Shape shape;
+    std::string got;
+    for (const int64_t size : entry.shape) got += (got.empty() ? "" : ", ") + std::to_string(size);
+    if (entry.shape.size() <= size_t(Shape::kMaxRank))
+      for (const int64_t size : entry.shape) shape.push_back(size);
+    CHECK(entry.shape.size() <= size_t(Shape::kMaxRank) && shape == value.shape(), path,
+          ": tensor '", name, "' is (", got, "), config.json implies ", value.shape());
+    const DType from = entry.dtype == "F32"    ? DType::F32
+                       : entry.dtype == "BF16" ? DType::BF16
+                                               : DType::F16;
+    if (const DType kept = kept_dtype(from, compute_); kept != from)
+      copied_bytes_ += shape.num_elements() * dtype_size(kept);
+    planned_.push_back({stored, &value});
+    used_.insert(stored);
+  }
+
+  void check_left_over() const {
+    for (const std::string& name : checkpoint_.names()) {
+      if (used_.count(name) || (tied_ && name == "lm_head.weight")) continue;
+      // Tables that older versions of transformers saved; they follow from config.json.
+      if (name.find(".rotary_emb.") != std::string::npos) continue;
+      fail(checkpoint_.file_of(name)->path(), ": tensor '", name,
+           "' has no place in the model that config.json describes");
+    }
+  }
+
+  void fill() const {
+    const int64_t available = bytes_available();
+    CHECK(copied_bytes_ <= available, directory_, ": not enough memory for the model: in ",
+          dtype_name(compute_), " its weights take ", copied_bytes_ >> 20, " MiB and ",
+          available >> 20, " MiB are free; the dtype of the file is used in place");
+    for (const auto& [stored, value] : planned_) {
+      const Tensor tensor = checkpoint_.tensor(stored);
+      CHECK(all_finite(tensor), checkpoint_.file_of(stored)->path(), ": tensor '", stored,
+            "' holds NaN or infinity; the file is damaged, download it again");
+      const DType kept = kept_dtype(tensor.dtype(), compute_);
+      if (kept == tensor.dtype()) {
+        value->set_value(tensor);
+        continue;
+      }
+      Tensor rounded = Tensor::empty(tensor.shape(), kept, Device::CPU, Scope::Weights);
+      backend_of(rounded).copy(rounded, tensor);
+      value->set_value(rounded);
+    }
+  }
+
+  void set_tied(bool tied) { tied_ = tied; }
+
+ private:
+  struct Planned {
+    std::string stored;
+    Variable* value;
+  };
+  const std::string& directory_;
+  const Checkpoint& checkpoint_;
+  DType compute_;
+  bool tied_ = false;
+  int64_t copied_bytes_ = 0;
+  std::vector<Planned> planned_;
+  std::set<std::string> used_;
+};
+
+}  // namespace
+
+std::unique_ptr<Decoder> load_model(const std::string& directory, std::optional<DType> dtype) {
+  CHECK(fs::is_directory(directory), directory, ": not a directory; wanted that of a model");
+  ModelConfig config = ModelConfig::load(directory);
+  const Checkpoint checkpoint(directory);
+  const DType compute = dtype.value_or(dtype_of_file(checkpoint));
+  CHECK(compute == DType::F32 || compute == DType::BF16 || compute == DType::F64, "load: dtype ",
+        dtype_name(compute), " is not computed in; F32 and BF16 are");
+  // Both names stored, with different values: then they are two matrices whatever the config says.
+  const std::string embed = "model.embed_tokens.weight", head = "lm_head.weight";
+  if (config.tie_word_embeddings && checkpoint.file_of(embed) && checkpoint.file_of(head) &&
+      !same_bytes(checkpoint.tensor(embed), checkpoint.tensor(head)))
+    config.tie_word_embeddings = false;
+
+  auto model = std::make_unique<Decoder>(config, compute);
+  Loader loader(directory, checkpoint, compute);
+  loader.set_tied(config.tie_word_embeddings);
+  model->visit("", loader);
+  loader.check_left_over();
+  loader.fill();
+  return model;
+}
+
+namespace {
+
+// Element i of parameter p comes from stream (p, i / kRandomPiece): any thread may make any piece.
+constexpr int64_t kRandomPiece = 1 << 16;
+
+void fill_normal(Tensor& tensor, uint64_t seed, uint64_t number, double deviation) {
+  const int64_t count = tensor.num_elements();
+  const auto fill = [&]<class T>(T* values, auto convert) {
+    thread_pool().run((count + kRandomPiece - 1) / kRandomPiece, [&](int64_t piece, int) {
+      Random random(seed, number << 32 | uint64_t(piece));
+      const int64_t end = std::min(count, (piece + 1) * kRandomPiece);
+      for (int64_t i = piece * kRandomPiece; i < end; ++i)
+        values[i] = convert(random.normal() * deviation);
+    });
+  };
+  if (tensor.dtype() == DType::F64)
+    fill(tensor.data<double>(), [](double x) { return x; });
+  else if (tensor.dtype() == DType::BF16)
+    fill(tensor.data<BFloat16>(), [](double x) { return to_bfloat16(float(x)); });
+  else
+    fill(tensor.data<float>(), [](double x) { return float(x); });
+}
+
+struct RandomInit : Visitor {
+  DType dtype;
+  uint64_t seed, number = 0;
+  double deviation;
+  Device device;
+
+  void parameter(const std::string& name, Variable& value) override {
+    Tensor tensor = Tensor::empty(value.shape(), dtype, device, Scope::Weights);
+    const uint64_t mine = number++;
+    if (device != Device::Meta) {
+      if (tensor.rank() == 2)
+        fill_normal(tensor, seed, mine, deviation);
+      else
+        backend_of(tensor).fill(tensor, name.find("norm") != std::string::npos ? 1 : 0);
+    }
+    value.set_value(tensor);
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Decoder> random_model(const ModelConfig& config, DType dtype, uint64_t seed,
+                                      double initializer_range, Device device) {
+  CHECK(dtype == DType::F32 || dtype == DType::BF16 || dtype == DType::F64, "random_model: dtype ",
+        dtype_name(dtype), ", wanted F32 or BF16");
+  auto model = std::make_unique<Decoder>(config, dtype, device);
+  RandomInit init;
+  init.dtype = dtype;
+  init.seed = seed;
+  init.deviation = initializer_range;
+  init.device = device;
+  model->visit("", init);
+  return model;
+}
+
+void save_weights(Decoder& model, const std::string& directory, DType dtype) {
+  constexpr int64_t kMaxShardBytes = 5'000'000'000;  // transformers' default
+  struct Collect : Visitor {
+    std::vector<NamedTensor> tensors;
+    void parameter(const std::string& name, Variable& value) override {
+      tensors.push_back({name, value.value()});
+    }
+  } collect;
+  model.visit("", collect);
+  fs::create_directories(directory);
+  const auto path_of = [&](const std::string& file) {
+    return (fs::path(directory) / file).string();
+  };
+
+  std::vector<std::vector<NamedTensor>> shards(1);
+  int64_t bytes = 0, total = 0;
+  for (const NamedTensor& named : collect.tensors) {
+    const int64_t size = named.tensor.num_elements() * dtype_size(dtype);
+    if (bytes > 0 && bytes + size > kMaxShardBytes) {
+      shards.emplace_back();
+      bytes = 0;
+    }
+    shards.back().push_back(named);
+    bytes += size;
+    total += size;
+  }
+  if (shards.size() == 1) {
+    write_safetensors(path_of("model.safetensors"), std::move(shards[0]), dtype);
+    return;
+  }
+  nlohmann::ordered_json index = {{"metadata", {{"total_size", total}}},
+                                  {"weight_map", nlohmann::ordered_json::object()}};
+  for (size_t i = 0; i < shards.size(); ++i) {
+    char file[64];
+    std::snprintf(file, sizeof file, "model-%05zu-of-%05zu.safetensors", i + 1, shards.size());
+    for (const NamedTensor& named : shards[i]) index["weight_map"][named.name] = file;
+    write_safetensors(path_of(file), std::move(shards[i]), dtype);
+  }
+  write_file_atomically(path_of("model.safetensors.index.json"), index.dump(2) + "\n");
+  fs::remove(path_of("model.safetensors"));  // an older single file would be read first
+}
+
+}  // namespace graft
