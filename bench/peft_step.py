@@ -1,0 +1,72 @@
+"""The peer of train_step: one LoRA training step with PEFT on the CPU. Prints one line of JSON.
+
+    peft_step.py MODEL_DIR --dtype bfloat16 --seq 512 --batch 1 --rank 16 --steps 4 --threads 2 [--compile]
+"""
+import argparse
+import json
+import os
+import resource
+import statistics
+import time
+
+
+def since_process_start():
+    ticks = int(open("/proc/self/stat").read().rsplit(")", 1)[1].split()[19])
+    return float(open("/proc/uptime").read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+parser = argparse.ArgumentParser()
+parser.add_argument("model")
+parser.add_argument("--dtype", default="bfloat16")
+parser.add_argument("--seq", type=int, default=512)
+parser.add_argument("--batch", type=int, default=1)
+parser.add_argument("--rank", type=int, default=16)
+parser.add_argument("--steps", type=int, default=4)
+parser.add_argument("--threads", type=int, default=0)
+parser.add_argument("--attn", default="sdpa")
+parser.add_argument("--compile", action="store_true")
+parser.add_argument("--checkpoint", action="store_true")
+args = parser.parse_args()
+
+import peft  # noqa: E402  (the clock above started with the process)
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+if args.threads:
+    torch.set_num_threads(args.threads)
+torch.manual_seed(0)
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    args.model, dtype=getattr(torch, args.dtype), attn_implementation=args.attn)
+model = peft.get_peft_model(model, peft.LoraConfig(
+    r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.0, task_type="CAUSAL_LM",
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]))
+model.config.use_cache = False
+model.train()
+if args.checkpoint:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+step_model = torch.compile(model) if args.compile else model
+parameters = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+ids = torch.randint(0, model.config.vocab_size, (args.batch, args.seq))
+
+times, first = [], None
+for _ in range(args.steps + 1):
+    start = time.perf_counter()
+    loss = step_model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    value = loss.item()
+    times.append(time.perf_counter() - start)
+    if first is None:
+        first = since_process_start()
+step = statistics.median(times[1:])
+print(json.dumps({
+    "who": "peft" + ("+compile" if args.compile else ""), "dtype": args.dtype, "seq": args.seq,
+    "batch": args.batch, "threads": torch.get_num_threads(), "loss": round(value, 4), "step_s": round(step, 3),
+    "tok_s": round(args.batch * args.seq / step, 1), "first_step_s": round(times[0], 3),
+    "start_to_first_step_s": round(first, 2),
+    "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"}))

@@ -1,0 +1,95 @@
+#include "train/memory_plan.h"
+
+#include <numeric>
+
+#include "autograd/tape.h"
+#include "models/weights.h"
+#include "nn/parameter_buffer.h"
+#include "tensor/cpu/cpu_backend.h"
+#include "tensor/cpu/gemm.h"
+#include "tensor/thread_pool.h"
+
+namespace graft {
+namespace {
+
+// The program, its libraries and a tokenizer of 150,000 tokens, as measured (RssAnon before the
+// model is loaded).
+constexpr int64_t kProcessBytes = int64_t(64) << 20;
+
+// Every row full, every token labelled: the most that the options allow.
+PackedBatch full_batch(const TrainOptions& options) {
+  const size_t length = size_t(options.max_seq_length);
+  const std::vector<std::vector<int32_t>> rows(size_t(options.per_device_train_batch_size),
+                                               std::vector<int32_t>(length, 0));
+  return pack(rows, rows);
+}
+
+struct CollectLeaves : Visitor {
+  std::vector<std::pair<std::string, Variable>> leaves;
+  bool full = false;
+  void parameter(const std::string& name, Variable& value) override {
+    if (!full) return;
+    value.set_requires_grad(true);
+    leaves.emplace_back(name, value);
+  }
+  void linear(const std::string& name, Linear& module) override {
+    if (!module.lora) return;
+    leaves.emplace_back(name + ".lora_A", module.lora->a);
+    leaves.emplace_back(name + ".lora_B", module.lora->b);
+  }
+};
+
+}  // namespace
+
+MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, DType file_dtype) {
+  MemoryPlan plan;
+  const bool full = options.method == TrainOptions::Method::Full;
+  const DType dtype = options.dtype.value_or(file_dtype == DType::F16 ? DType::F32 : file_dtype);
+  Allocator& meta = allocator_of(Device::Meta);
+  meta.release_cached();
+  const MemoryStats before = meta.stats();
+  meta.reset_peak();
+
+  auto model = random_model(config, dtype, 0, 0.02, Device::Meta);
+  const int64_t weight_bytes = meta.stats().live_total - before.live_total;
+  // Weights are used where the file has them, unless another dtype was asked for or they are
+  // trained. F16 is as wide as BF16 on disk and stays as it is.
+  const bool in_place = !full && (!options.dtype || *options.dtype == file_dtype);
+  plan.mapped_weights = in_place ? num_parameters(config) * dtype_size(file_dtype) : 0;
+
+  CollectLeaves collect;
+  collect.full = full;
+  if (!full) plan.targets = attach_lora(*model, options.lora, 0);
+  model->visit("", collect);
+  for (const auto& [name, leaf] : collect.leaves)
+    plan.trainable_parameters += leaf.value().num_elements();
+  for (const auto& layer : linear_layers(*model))
+    if (layer.linear->lora)
+      plan.module_parameters.emplace_back(layer.name,
+                                          layer.linear->lora->a.value().num_elements() +
+                                              layer.linear->lora->b.value().num_elements());
+  plan.all_parameters = num_parameters(config) + (full ? 0 : plan.trainable_parameters);
+
+  ParameterBuffer parameters(collect.leaves, Device::Meta, Scope::Adapters);
+  ForwardContext context;
+  context.training = true;
+  const PackedBatch batch = full_batch(options);
+  plan.tokens = batch.num_tokens();
+  backward(model->loss(batch, context, 1.0, options.gradient_checkpointing));
+
+  const MemoryStats stats = meta.stats();
+  const int threads = options.threads ? int(options.threads) : thread_pool().num_threads();
+  plan.weights = in_place ? 0 : weight_bytes;
+  plan.adapters = stats.peak[int(Scope::Adapters)];
+  plan.optimizer = stats.peak[int(Scope::Optimizer)];
+  plan.activations = stats.peak[int(Scope::Activations)];
+  plan.scratch = stats.peak[int(Scope::Scratch)] + gemm_scratch_bytes(threads) +
+                 cpu_kernel_scratch_bytes(threads);
+  plan.process = kProcessBytes;
+  // Blocks are cached, never given back: what was reserved is what the process holds.
+  plan.anonymous = stats.reserved_peak - before.reserved - weight_bytes + plan.weights +
+                   plan.process + gemm_scratch_bytes(threads) + cpu_kernel_scratch_bytes(threads);
+  return plan;
+}
+
+}  // namespace graft
