@@ -1,0 +1,465 @@
+#include "train/option_keys.h"
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <limits>
+
+namespace graft {
+namespace {
+
+using Group = OptionKey::Group;
+using Form = OptionKey::Form;
+using Json = nlohmann::ordered_json;
+
+// --- readers: from a YAML node to a value; false when it is not one ------------------------------
+
+// A quoted scalar ("16") is text, never a number or a boolean.
+bool is_plain(const YAML::Node& node) { return node.IsScalar() && node.Tag() != "!"; }
+
+template <class Number>
+bool read_number(Number& value, const YAML::Node& node) {
+  if (!is_plain(node)) return false;
+  const std::string& text = node.Scalar();
+  const char* begin = text.data() + (text.size() > 1 && text[0] == '+');
+  const auto [end, error] = std::from_chars(begin, text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size()) return false;
+  if constexpr (std::is_floating_point_v<Number>) return std::isfinite(value);
+  return true;
+}
+
+bool read_boolean(bool& value, const YAML::Node& node) {
+  if (!is_plain(node)) return false;
+  std::string text = node.Scalar();
+  std::transform(text.begin(), text.end(), text.begin(),
+                 [](unsigned char c) { return tolower(c); });
+  if (text == "true" || text == "yes" || text == "on") return value = true, true;
+  if (text == "false" || text == "no" || text == "off") return value = false, true;
+  return false;
+}
+
+bool read_text(std::string& value, const YAML::Node& node) {
+  if (!node.IsScalar()) return false;
+  value = node.Scalar();
+  return true;
+}
+
+// One scalar is a list of one.
+template <class Item, class ReadItem>
+bool read_list(std::vector<Item>& values, const YAML::Node& node, ReadItem read_item) {
+  std::vector<Item> found;
+  const auto add = [&](const YAML::Node& item) {
+    Item value{};
+    if (!read_item(value, item)) return false;
+    found.push_back(std::move(value));
+    return true;
+  };
+  if (node.IsSequence()) {
+    for (const auto& item : node)
+      if (!add(item)) return false;
+  } else if (!node.IsNull() && !add(node)) {
+    return false;
+  }
+  values = std::move(found);
+  return true;
+}
+
+template <class Value>
+bool read_map(std::vector<std::pair<std::string, Value>>& values, const YAML::Node& node,
+              Value min) {
+  std::vector<std::pair<std::string, Value>> found;
+  if (!node.IsMap() && !node.IsNull()) return false;
+  for (const auto& item : node) {
+    std::string name;
+    Value value{};
+    if (!read_text(name, item.first) || !read_number(value, item.second) || value < min)
+      return false;
+    for (const auto& other : found)
+      if (other.first == name) return false;
+    found.emplace_back(std::move(name), value);
+  }
+  values = std::move(found);
+  return true;
+}
+
+// --- rows of the table ---------------------------------------------------------------------------
+// at(...) gives the member of the options that a row stands for.
+
+template <class Member>
+auto at(Member TrainOptions::*member) {
+  return [member](auto& o) -> auto& { return o.*member; };
+}
+template <class Member>
+auto at(Member LoraConfig::*member) {
+  return [member](auto& o) -> auto& { return o.lora.*member; };
+}
+
+struct Row {
+  OptionKey key;
+  Row alias(std::string name) && {
+    key.alias = std::move(name);
+    return std::move(*this);
+  }
+  Row keeps_result() && {
+    key.changes_result = false;
+    return std::move(*this);
+  }
+};
+
+template <class At, class Read>
+Row row(Group group, Form form, std::string name, At of, std::string expected, std::string help,
+        Read read) {
+  return {{std::move(name), "", group, form, true, std::move(expected), std::move(help), read,
+           [of](const TrainOptions& o) { return Json(of(o)); }}};
+}
+
+template <class At>
+Row integer(Group group, std::string name, At of, int64_t min, std::string help) {
+  return row(group, Form::Scalar, std::move(name), of, concat("an integer from ", min, " up"),
+             std::move(help), [of, min](TrainOptions& o, const YAML::Node& node) {
+               std::decay_t<decltype(of(o))> value;
+               if (!read_number(value, node) || std::cmp_less(value, min)) return false;
+               of(o) = value;
+               return true;
+             });
+}
+
+struct Interval {
+  const char* text;  // "a number from 0 to 1"
+  double min, max;
+  bool open_min = false, open_max = false;
+  bool holds(double x) const {
+    return (open_min ? x > min : x >= min) && (open_max ? x < max : x <= max);
+  }
+};
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr Interval kNotNegative = {"a number from 0 up", 0, kInfinity};
+constexpr Interval kPositive = {"a number above 0", 0, kInfinity, true};
+constexpr Interval kShare = {"a number from 0 to 1", 0, 1};
+constexpr Interval kBelowOne = {"a number from 0 to below 1", 0, 1, false, true};
+
+template <class At>
+Row number(Group group, std::string name, At of, Interval interval, std::string help) {
+  return row(group, Form::Scalar, std::move(name), of, interval.text, std::move(help),
+             [of, interval](TrainOptions& o, const YAML::Node& node) {
+               double value;
+               if (!read_number(value, node) || !interval.holds(value)) return false;
+               of(o) = value;
+               return true;
+             });
+}
+
+template <class At>
+Row boolean(Group group, std::string name, At of, std::string help) {
+  return row(group, Form::Boolean, std::move(name), of, "true or false", std::move(help),
+             [of](TrainOptions& o, const YAML::Node& node) { return read_boolean(of(o), node); });
+}
+
+template <class At>
+Row text(Group group, std::string name, At of, std::string expected, std::string help) {
+  return row(group, Form::Scalar, std::move(name), of, std::move(expected), std::move(help),
+             [of](TrainOptions& o, const YAML::Node& node) { return read_text(of(o), node); });
+}
+
+template <class At>
+Row text_list(Group group, std::string name, At of, std::string expected, std::string help) {
+  return row(
+      group, Form::List, std::move(name), of, std::move(expected), std::move(help),
+      [of](TrainOptions& o, const YAML::Node& node) { return read_list(of(o), node, read_text); });
+}
+
+// One word out of some; each stands for a value.
+template <class At, class Value>
+Row choice(Group group, std::string name, At of, std::vector<std::pair<std::string, Value>> words,
+           std::string help) {
+  std::string expected;
+  for (size_t i = 0; i < words.size(); ++i)
+    expected += (i == 0 ? "" : i + 1 == words.size() ? " or " : ", ") + words[i].first;
+  Row made = {{std::move(name), "", group, Form::Scalar, true, expected, std::move(help), {}, {}}};
+  made.key.read = [of, words](TrainOptions& o, const YAML::Node& node) {
+    for (const auto& [word, value] : words)
+      if (node.IsScalar() && node.Scalar() == word) return of(o) = value, true;
+    return false;
+  };
+  made.key.write = [of, words](const TrainOptions& o) {
+    for (const auto& [word, value] : words)
+      if (of(o) == value) return Json(word);
+    return Json();
+  };
+  return made;
+}
+
+std::vector<Row> run_rows() {
+  using O = TrainOptions;
+  constexpr Group g = Group::Run;
+  return {
+      text(g, "model", at(&O::model), "a directory or a hub id",
+           "base model: a Hugging Face directory, or a hub id in the local cache")
+          .keeps_result(),
+      text(g, "output_dir", at(&O::output_dir), "a directory", "where the adapter goes")
+          .keeps_result(),
+      choice<decltype(at(&O::method)), O::Method>(
+          g, "method", at(&O::method), {{"lora", O::Method::Lora}, {"full", O::Method::Full}},
+          "train an adapter, or all weights"),
+      text(g, "adapter", at(&O::adapter), "a directory", "start from this adapter").keeps_result(),
+      boolean(g, "random_init", at(&O::random_init),
+              "method full: start from random weights; of the model only config.json is read"),
+      integer(g, "logging_steps", at(&O::logging_steps), 1, "steps from one log line to the next")
+          .keeps_result(),
+      integer(g, "eval_steps", at(&O::eval_steps), 0,
+              "steps from one evaluation to the next; 0: first and last only")
+          .keeps_result(),
+      integer(g, "save_steps", at(&O::save_steps), 0,
+              "steps from one checkpoint to the next; 0: none")
+          .keeps_result(),
+      integer(g, "save_total_limit", at(&O::save_total_limit), 0,
+              "newest checkpoints that are kept; 0: all")
+          .keeps_result(),
+      boolean(g, "resume", at(&O::resume), "continue from the newest checkpoint of output_dir")
+          .keeps_result(),
+  };
+}
+
+std::vector<Row> data_rows() {
+  using O = TrainOptions;
+  constexpr Group g = Group::Data;
+  return {
+      text_list(g, "data", at(&O::data), "paths of .txt or .jsonl files",
+                "training data: files, folders or patterns; *.txt, or *.jsonl with text or "
+                "prompt and completion")
+          .keeps_result(),
+      text_list(g, "eval_data", at(&O::eval_data), "paths of .txt or .jsonl files",
+                "data of the eval loss")
+          .keeps_result(),
+      number(g, "eval_split", at(&O::eval_split), kNotNegative,
+             "rows of data that are held out for the eval loss: a share, or from 1 up a number"),
+      integer(g, "max_seq_length", at(&O::max_seq_length), 2,
+              "longest row in tokens; longer ones are truncated, text is cut into rows"),
+      boolean(g, "shuffle", at(&O::shuffle), "draw the rows of each epoch in a random order"),
+      integer(g, "seed", at(&O::seed), 0, "of initialisation, order and dropout"),
+  };
+}
+
+std::vector<Row> optimizer_rows() {
+  using O = TrainOptions;
+  using S = Schedule::Type;
+  constexpr Group g = Group::Optimizer;
+  return {
+      number(g, "learning_rate", at(&O::learning_rate), kNotNegative,
+             "the highest of the schedule"),
+      number(g, "num_epochs", at(&O::num_epochs), kPositive, "passes over the data")
+          .alias("num_train_epochs"),
+      integer(g, "max_steps", at(&O::max_steps), -1,
+              "optimizer steps; where above 0 it overrides num_epochs"),
+      integer(g, "per_device_train_batch_size", at(&O::per_device_train_batch_size), 1,
+              "rows that run at once"),
+      integer(g, "gradient_accumulation_steps", at(&O::gradient_accumulation_steps), 1,
+              "batches whose gradients make one optimizer step"),
+      choice<decltype(at(&O::lr_scheduler_type)), S>(
+          g, "lr_scheduler_type", at(&O::lr_scheduler_type),
+          {{"constant", S::Constant},
+           {"constant_with_warmup", S::ConstantWithWarmup},
+           {"linear", S::Linear},
+           {"cosine", S::Cosine}},
+          "how the learning rate falls"),
+      integer(g, "warmup_steps", at(&O::warmup_steps), 0,
+              "steps of rising learning rate; where above 0 it overrides warmup_ratio"),
+      number(g, "warmup_ratio", at(&O::warmup_ratio), kShare, "the same as a share of all steps"),
+      number(g, "min_lr_ratio", at(&O::min_lr_ratio), kShare,
+             "cosine: share of learning_rate that is left at the end"),
+      number(g, "weight_decay", at(&O::weight_decay), kNotNegative, "AdamW"),
+      number(g, "adam_beta1", at(&O::adam_beta1), kBelowOne, "AdamW"),
+      number(g, "adam_beta2", at(&O::adam_beta2), kBelowOne, "AdamW"),
+      number(g, "adam_epsilon", at(&O::adam_epsilon), kNotNegative, "AdamW"),
+      number(g, "max_grad_norm", at(&O::max_grad_norm), kNotNegative,
+             "gradients are clipped to this norm; 0: not at all"),
+  };
+}
+
+// A list of names, or one regular expression (or all-linear) as a plain scalar, as PEFT has it.
+Row module_names(std::string name, std::vector<std::string> LoraConfig::*names,
+                 bool LoraConfig::*is_regex, std::string help) {
+  Row made =
+      text_list(Group::Lora, std::move(name), at(names),
+                "a list of module names, a regular expression or all-linear", std::move(help));
+  made.key.read = [names, is_regex](TrainOptions& o, const YAML::Node& node) {
+    if (!read_list(o.lora.*names, node, read_text)) return false;
+    o.lora.*is_regex = node.IsScalar() && node.Scalar() != "all-linear";
+    return true;
+  };
+  made.key.write = [names, is_regex](const TrainOptions& o) {
+    const auto& list = o.lora.*names;
+    const bool scalar = o.lora.*is_regex || (list.size() == 1 && list[0] == "all-linear");
+    return scalar ? Json(list[0]) : Json(list);
+  };
+  return made;
+}
+
+template <class Value>
+Row pattern(std::string name, std::vector<std::pair<std::string, Value>> LoraConfig::*member,
+            Value min, std::string expected, std::string help) {
+  Row made = {{std::move(name),
+               "",
+               Group::Lora,
+               Form::Map,
+               true,
+               std::move(expected),
+               std::move(help),
+               {},
+               {}}};
+  made.key.read = [member, min](TrainOptions& o, const YAML::Node& node) {
+    return read_map(o.lora.*member, node, min);
+  };
+  made.key.write = [member](const TrainOptions& o) {
+    Json map = Json::object();
+    for (const auto& [key, value] : o.lora.*member) map[key] = value;
+    return map;
+  };
+  return made;
+}
+
+Row lora_alpha_row() {
+  Row made = {{"lora_alpha",
+               "",
+               Group::Lora,
+               Form::Scalar,
+               true,
+               kPositive.text,
+               "scale: the update is lora_alpha / r times B A; default 2 r",
+               {},
+               {}}};
+  made.key.read = [](TrainOptions& o, const YAML::Node& node) {
+    double value;
+    if (!read_number(value, node) || !kPositive.holds(value)) return false;
+    o.lora.lora_alpha = value;
+    return true;
+  };
+  made.key.write = [](const TrainOptions& o) { return Json(o.lora.alpha()); };
+  return made;
+}
+
+Row layers_row() {
+  Row made = {{"layers_to_transform",
+               "",
+               Group::Lora,
+               Form::List,
+               true,
+               "layer numbers from 0 up",
+               "only these layers; default all",
+               {},
+               {}}};
+  made.key.read = [](TrainOptions& o, const YAML::Node& node) {
+    return read_list(o.lora.layers_to_transform, node, [](int64_t& value, const YAML::Node& item) {
+      return read_number(value, item) && value >= 0;
+    });
+  };
+  made.key.write = [](const TrainOptions& o) { return Json(o.lora.layers_to_transform); };
+  return made;
+}
+
+Row bias_row() {
+  return {{"bias", "", Group::Lora, Form::Scalar, true, "none", "biases are not trained",
+           [](TrainOptions&, const YAML::Node& node) {
+             return node.IsScalar() && node.Scalar() == "none";
+           },
+           [](const TrainOptions&) { return Json("none"); }}};
+}
+
+Row init_row() {
+  using Init = LoraConfig::Init;
+  Row made = choice<decltype(at(&LoraConfig::init_lora_weights)), Init>(
+      Group::Lora, "init_lora_weights", at(&LoraConfig::init_lora_weights),
+      {{"true", Init::KaimingUniform}, {"gaussian", Init::Gaussian}, {"false", Init::Random}},
+      "how A begins: Kaiming uniform, or Gaussian, with B zero; false: both random");
+  made.key.write = [](const TrainOptions& o) {
+    const Init init = o.lora.init_lora_weights;
+    return init == Init::Gaussian ? Json("gaussian") : Json(init == Init::KaimingUniform);
+  };
+  return made;
+}
+
+std::vector<Row> lora_rows() {
+  using C = LoraConfig;
+  constexpr Group g = Group::Lora;
+  return {
+      integer(g, "r", at(&C::r), 1, "rank of the update"),
+      lora_alpha_row(),
+      number(g, "lora_dropout", at(&C::lora_dropout), kBelowOne,
+             "share of the adapter's inputs that a training step drops"),
+      module_names("target_modules", &C::target_modules, &C::target_is_regex,
+                   "layers that get an adapter"),
+      module_names("exclude_modules", &C::exclude_modules, &C::exclude_is_regex,
+                   "layers that get none"),
+      layers_row(),
+      pattern<int64_t>("rank_pattern", &C::rank_pattern, 1,
+                       "a map from module patterns to integers from 1 up", "r by module"),
+      pattern<double>("alpha_pattern", &C::alpha_pattern, 0,
+                      "a map from module patterns to numbers from 0 up", "lora_alpha by module"),
+      boolean(g, "use_rslora", at(&C::use_rslora), "scale by lora_alpha / sqrt(r)"),
+      bias_row(),
+      init_row(),
+      choice<decltype(at(&C::task_type)), std::string>(g, "task_type", at(&C::task_type),
+                                                       {{"CAUSAL_LM", "CAUSAL_LM"}}, "")
+          .keeps_result(),
+      text(g, "base_model_name_or_path", at(&C::base_model_name_or_path), "a name or path",
+           "what adapter_config.json calls the base; default: model as given")
+          .keeps_result(),
+  };
+}
+
+Row dtype_row() {
+  Row made = {{"dtype",
+               "",
+               Group::Engine,
+               Form::Scalar,
+               true,
+               "float32 or bfloat16",
+               "of the base weights and activations; default: that of the model's files",
+               {},
+               {}}};
+  made.key.read = [](TrainOptions& o, const YAML::Node& node) {
+    if (node.IsNull()) return o.dtype.reset(), true;
+    if (!node.IsScalar()) return false;
+    if (node.Scalar() == "float32") return o.dtype = DType::F32, true;
+    if (node.Scalar() == "bfloat16") return o.dtype = DType::BF16, true;
+    return false;
+  };
+  made.key.write = [](const TrainOptions& o) {
+    if (!o.dtype) return Json();
+    return Json(*o.dtype == DType::F32 ? "float32" : "bfloat16");
+  };
+  return made;
+}
+
+std::vector<Row> engine_rows() {
+  using O = TrainOptions;
+  constexpr Group g = Group::Engine;
+  return {
+      dtype_row(),
+      boolean(g, "gradient_checkpointing", at(&O::gradient_checkpointing),
+              "recompute activations in the backward: less memory, a third more work")
+          .keeps_result(),
+      integer(g, "threads", at(&O::threads), 0, "threads of the CPU; 0: all there are")
+          .keeps_result(),
+  };
+}
+
+}  // namespace
+
+const std::vector<OptionKey>& option_keys() {
+  static const std::vector<OptionKey> keys = [] {
+    std::vector<OptionKey> all;
+    for (auto rows : {run_rows(), data_rows(), optimizer_rows(), lora_rows(), engine_rows()})
+      for (Row& row : rows) all.push_back(std::move(row.key));
+    return all;
+  }();
+  return keys;
+}
+
+const OptionKey* find_option_key(const std::string& name) {
+  for (const OptionKey& key : option_keys())
+    if (key.name == name || (!key.alias.empty() && key.alias == name)) return &key;
+  return nullptr;
+}
+
+}  // namespace graft
