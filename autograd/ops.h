@@ -31,7 +31,7 @@ struct LoraArguments {
   Variable a, b;
   double scaling = 1;
   double dropout_p = 0;
-  DropoutKey key;
+  DropoutKey key = {};
 };
 Variable lora_linear(const Variable& x, const Variable& weight, const Variable& bias,
                      const LoraArguments& lora);
