@@ -83,12 +83,16 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
   plan.adapters = stats.peak[int(Scope::Adapters)];
   plan.optimizer = stats.peak[int(Scope::Optimizer)];
   plan.activations = stats.peak[int(Scope::Activations)];
-  plan.scratch = stats.peak[int(Scope::Scratch)] + gemm_scratch_bytes(threads) +
-                 cpu_kernel_scratch_bytes(threads);
+  // The meta backend allocates nothing itself: what the CPU kernels keep is added by shape.
+  const int64_t kernel_scratch =
+      gemm_scratch_bytes(threads) +
+      cpu_kernel_scratch_bytes(plan.tokens, config.num_attention_heads, config.num_key_value_heads,
+                               config.head_dim, true);
+  plan.scratch = stats.peak[int(Scope::Scratch)] + kernel_scratch;
   plan.process = kProcessBytes;
   // Blocks are cached, never given back: what was reserved is what the process holds.
   plan.anonymous = stats.reserved_peak - before.reserved - weight_bytes + plan.weights +
-                   plan.process + gemm_scratch_bytes(threads) + cpu_kernel_scratch_bytes(threads);
+                   plan.process + kernel_scratch;
   return plan;
 }
 

@@ -1,0 +1,245 @@
+// Adapters on disk: those that peft 0.21.2 wrote load and give its logits (tests/golden/adapters),
+// ours survive the round trip, and what is not understood is refused by name. That PEFT loads ours
+// is checked by tests/golden/check_adapter.py.
+#include "models/adapter.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "autograd/tape.h"
+#include "models/weights.h"
+#include "tensor/safetensors.h"
+
+namespace graft {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+
+const std::string kGolden = "tests/golden/";
+
+Json read_json(const std::string& path) {
+  std::ifstream in(path);
+  CHECK(in, path, ": can't be opened; tests run from the top of the repository");
+  return Json::parse(in);
+}
+
+class ScratchDirectory {
+ public:
+  ScratchDirectory() {
+    std::string name = (fs::temp_directory_path() / "graft-adapter-XXXXXX").string();
+    CHECK(mkdtemp(name.data()), "mkdtemp failed");
+    path_ = name;
+  }
+  ~ScratchDirectory() { fs::remove_all(path_); }
+  std::string operator/(const std::string& name) const { return path_ + "/" + name; }
+
+ private:
+  std::string path_;
+};
+
+// The largest difference of the rows' logits, as a share of the largest golden logit.
+double logits_error(Decoder& model, const Json& golden) {
+  double worst = 0, largest = 0;
+  for (size_t row = 0; row < golden["input_ids"].size(); ++row) {
+    const PackedBatch batch = pack({golden["input_ids"][row].get<std::vector<int32_t>>()});
+    const auto logits = model.logits(model.forward(batch, {}).value()).to_doubles();
+    size_t i = 0;
+    for (const auto& position : golden["logits"][row])
+      for (const double expected : position) {
+        worst = std::max(worst, std::abs(logits[i++] - expected));
+        largest = std::max(largest, std::abs(expected));
+      }
+    EXPECT_EQ(i, logits.size());
+  }
+  return worst / largest;
+}
+
+std::vector<std::string> adapters(bool refused) {
+  std::vector<std::string> names;
+  for (const auto& entry : fs::directory_iterator(kGolden + "adapters")) {
+    const std::string name = entry.path().filename().string();
+    if (name.starts_with("refused_") == refused) names.push_back(name);
+  }
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+class WrittenByPeft : public testing::TestWithParam<std::string> {};
+
+TEST_P(WrittenByPeft, GivesPeftsLogits) {
+  const std::string directory = kGolden + "adapters/" + GetParam();
+  const Json golden = read_json(directory + "/golden.json");
+  auto model = load_model(golden["model"]);
+  const double without = logits_error(*model, golden);
+  load_adapter(*model, directory);
+  EXPECT_LT(logits_error(*model, golden), 1e-5);
+  EXPECT_GT(without, 1e-2) << "the adapter of this case changes nothing: the test can't fail";
+}
+
+TEST_P(WrittenByPeft, SurvivesTheRoundTrip) {
+  const std::string directory = kGolden + "adapters/" + GetParam();
+  const Json golden = read_json(directory + "/golden.json");
+  const ScratchDirectory scratch;
+  {
+    auto model = load_model(golden["model"]);
+    const LoraConfig config = load_adapter(*model, directory);
+    save_adapter(*model, config, scratch / "a");
+  }
+  auto model = load_model(golden["model"]);
+  load_adapter(*model, scratch / "a");
+  EXPECT_LT(logits_error(*model, golden), 1e-5);
+  const SafetensorsFile theirs(directory + "/adapter_model.safetensors");
+  const SafetensorsFile ours(scratch / "a/adapter_model.safetensors");
+  ASSERT_EQ(ours.entries().size(), theirs.entries().size());
+  for (const auto& entry : theirs.entries())
+    EXPECT_EQ(ours.tensor(entry.name).to_doubles(), theirs.tensor(entry.name).to_doubles())
+        << entry.name;
+}
+INSTANTIATE_TEST_SUITE_P(Adapters, WrittenByPeft, testing::ValuesIn(adapters(false)),
+                         [](const auto& info) { return info.param; });
+
+class Refused : public testing::TestWithParam<std::string> {};
+
+TEST_P(Refused, ByNameAndWhole) {
+  const std::string directory = kGolden + "adapters/" + GetParam();
+  const Json config = read_json(directory + "/adapter_config.json");
+  auto model = load_model(config["base_model_name_or_path"].get<std::string>());
+  try {
+    load_adapter(*model, directory);
+    FAIL() << "was loaded";
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find(directory), std::string::npos) << error.what();
+    EXPECT_EQ(std::string(error.what()).find('\n'), std::string::npos) << error.what();
+  }
+  for (const auto& layer : linear_layers(*model)) EXPECT_EQ(layer.linear->lora, nullptr);
+}
+INSTANTIATE_TEST_SUITE_P(Adapters, Refused, testing::ValuesIn(adapters(true)),
+                         [](const auto& info) { return info.param; });
+
+// Each change to a good adapter that must be refused, and a word of the message.
+TEST(Adapter, RefusesWhatDoesNotFitAndLeavesTheModelBare) {
+  const std::string good = kGolden + "adapters/llama_gqa";
+  const SafetensorsFile file(good + "/adapter_model.safetensors");
+  std::vector<NamedTensor> tensors;
+  for (const auto& entry : file.entries()) tensors.push_back({entry.name, file.tensor(entry.name)});
+
+  struct Fault {
+    const char* name;
+    const char* message;
+    std::function<void(std::vector<NamedTensor>&)> change;
+  };
+  const std::vector<Fault> faults = {
+      {"missing half", "is missing", [](auto& t) { t.pop_back(); }},
+      {"unknown tensor", "has no place",
+       [](auto& t) {
+         t.push_back({"base_model.model.x.lora_A.weight", t[0].tensor});
+       }},
+      {"DoRA vector", "DoRA",
+       [](auto& t) {
+         t.push_back({"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
+                      Tensor::zeros({32}, DType::F32)});
+       }},
+      {"transposed", "expected",
+       [](auto& t) {
+         t[0].tensor = t[0].tensor.reshape({t[0].tensor.size(1), t[0].tensor.size(0)});
+       }},
+      {"other rank", "expected",
+       [](auto& t) {
+         t[0].tensor = Tensor::zeros({1, 1}, DType::F32);
+       }},
+      {"NaN", "NaN",
+       [](auto& t) {
+         t[1].tensor = t[1].tensor.clone();
+         t[1].tensor.template data<float>()[3] = std::nanf("");
+       }},
+      {"integers", "I32", [](auto& t) { t[0].tensor = Tensor::from_ints({1}, {1}); }},
+  };
+  auto model = load_model(kGolden + "models/llama_gqa");
+  for (const auto& fault : faults) {
+    SCOPED_TRACE(fault.name);
+    const ScratchDirectory scratch;
+    fs::create_directories(scratch / "a");
+    fs::copy_file(good + "/adapter_config.json", scratch / "a/adapter_config.json");
+    auto changed = tensors;
+    fault.change(changed);
+    write_safetensors(scratch / "a/adapter_model.safetensors", changed);
+    try {
+      load_adapter(*model, scratch / "a");
+      ADD_FAILURE() << "was loaded";
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find(fault.message), std::string::npos) << error.what();
+    }
+    for (const auto& layer : linear_layers(*model)) EXPECT_EQ(layer.linear->lora, nullptr);
+  }
+}
+
+TEST(Adapter, OfAnotherModelIsRefused) {
+  auto model = load_model(kGolden + "models/llama_head_dim");
+  EXPECT_THROW(load_adapter(*model, kGolden + "adapters/llama_gqa"), Error);
+  EXPECT_THROW(load_adapter(*model, kGolden + "adapters/no_such_adapter"), Error);
+}
+
+// PEFT's forward and backward under our own masks: tests/golden/dropout.
+TEST(Dropout, UnderOurMasksIsPefts) {
+  const std::string directory = kGolden + "dropout";
+  const Json golden = read_json(directory + "/golden.json");
+  auto model = load_model(golden["model"]);
+  load_adapter(*model, directory + "/adapter");
+  for (const auto& layer : linear_layers(*model))
+    if (layer.linear->lora) layer.linear->lora->dropout_p = golden["p"];
+
+  ForwardContext context;
+  context.training = true;
+  context.dropout.seed = golden["seed"];
+  context.dropout.step = golden["step"];
+  context.dropout.first_row = golden["first_row"];
+  const auto ids = golden["input_ids"].get<std::vector<int32_t>>();
+  const auto labels = golden["labels"].get<std::vector<int32_t>>();
+  const PackedBatch batch = pack({ids}, {labels});
+  const double count =
+      double(std::count_if(labels.begin() + 1, labels.end(), [](int32_t l) { return l >= 0; }));
+  const Variable loss = model->loss(batch, context, 1 / count);
+  EXPECT_NEAR(loss.value().item(), golden["loss"].get<double>(),
+              1e-5 * golden["loss"].get<double>());
+  backward(loss);
+
+  const SafetensorsFile gradients(directory + "/gradients.safetensors");
+  int compared = 0;
+  for (const auto& [name, linear] : linear_layers(*model)) {
+    if (!linear->lora) continue;
+    for (auto [variable, half] :
+         {std::pair{&linear->lora->a, "lora_A"}, {&linear->lora->b, "lora_B"}}) {
+      const auto expected =
+          gradients.tensor(concat("base_model.model.", name, ".", half, ".weight")).to_doubles();
+      const auto actual = variable->grad().to_doubles();
+      ASSERT_EQ(actual.size(), expected.size());
+      double worst = 0, largest = 0;
+      for (size_t i = 0; i < expected.size(); ++i) {
+        worst = std::max(worst, std::abs(actual[i] - expected[i]));
+        largest = std::max(largest, std::abs(expected[i]));
+      }
+      EXPECT_LT(worst, 1e-4 * largest) << name << " " << half;
+      ++compared;
+    }
+  }
+  EXPECT_EQ(compared, 28);
+}
+
+// Off in evaluation: the context decides, not the adapter.
+TEST(Dropout, IsOffOutsideTraining) {
+  const Json golden = read_json(kGolden + "adapters/qwen3_tied/golden.json");
+  auto model = load_model(golden["model"]);
+  load_adapter(*model, kGolden + "adapters/qwen3_tied");
+  for (const auto& layer : linear_layers(*model))
+    if (layer.linear->lora) layer.linear->lora->dropout_p = 0.5;
+  EXPECT_LT(logits_error(*model, golden), 1e-5);
+}
+
+}  // namespace
+}  // namespace graft
