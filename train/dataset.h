@@ -2,12 +2,23 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace graft {
 
-class Tokenizer;
+// What the data needs of a tokenizer (models/tokenizer.h).
+struct TextEncoder {
+  struct Tokens {
+    std::vector<int32_t> ids;
+    // Bytes [begin, end) of the text that each token stands for; (0, 0) for added special ones.
+    std::vector<std::pair<int64_t, int64_t>> offsets;
+  };
+  std::function<Tokens(const std::string& text)> encode;  // with what the post-processor adds
+  int32_t eos_id = -1;                                    // -1: the tokenizer has none
+};
 
 // One training row. labels as Hugging Face gives them: as many as ids, -100 where nothing is to be
 // learned, not shifted (models/decoder.h, pack, shifts them).
@@ -36,20 +47,23 @@ struct Dataset {
 //            only tokens that begin inside the completion, and the eos, are labelled)
 // Throws Error with file and line for broken JSON, mixed schemas, empty data, or a row without a
 // trained token.
-Dataset load_dataset(const std::vector<std::string>& sources, const Tokenizer& tokenizer,
+Dataset load_dataset(const std::vector<std::string>& sources, const TextEncoder& tokenizer,
                      int64_t max_seq_length);
 
 // The pieces load_dataset is made of. `where` names the row in errors ("train.jsonl:12").
-void add_document(Dataset& dataset, const std::string& text, const Tokenizer& tokenizer,
+void add_document(Dataset& dataset, const std::string& text, const TextEncoder& tokenizer,
                   int64_t max_seq_length, const std::string& where);
-void add_text_row(Dataset& dataset, const std::string& text, const Tokenizer& tokenizer,
+void add_text_row(Dataset& dataset, const std::string& text, const TextEncoder& tokenizer,
                   int64_t max_seq_length, const std::string& where);
 void add_completion_row(Dataset& dataset, const std::string& prompt, const std::string& completion,
-                        const Tokenizer& tokenizer, int64_t max_seq_length,
+                        const TextEncoder& tokenizer, int64_t max_seq_length,
                         const std::string& where);
 
 // Moves rows drawn by `seed` out of `train`: eval_split below 1 is their share, else their number.
 // At least one row stays on either side.
 Dataset split_off(Dataset& train, double eval_split, uint64_t seed);
+
+// All files that the sources name, in order. Throws Error for one that names none.
+std::vector<std::string> expand_sources(const std::vector<std::string>& sources);
 
 }  // namespace graft
