@@ -7,6 +7,7 @@ namespace graft::ops {
 
 Variable rope(const Variable& x, const Tensor& positions, const Tensor& cos_sin) {
   check_activation("rope", "x", x, 3);
+  check_dense("rope", "x", x);
   const Tensor& in = x.value();
   check_indices("rope", "positions", positions, in);
   CHECK(positions.size(0) == in.size(0), "rope: x is ", in.shape(), " but positions is ",
@@ -32,6 +33,9 @@ void check_attention(const Variable& q, const Variable& k, const Variable& v,
   check_activation("attention", "v", v, 3);
   check_same("attention", "k", k, q);
   check_same("attention", "v", v, q);
+  check_dense("attention", "q", q);
+  check_dense("attention", "k", k);
+  check_dense("attention", "v", v);
   const Shape &in_q = q.shape(), &in_k = k.shape();
   CHECK(in_k == v.shape() && in_k[0] == in_q[0] && in_k[2] == in_q[2], "attention: q is ", in_q,
         ", k is ", in_k, ", v is ", v.shape());

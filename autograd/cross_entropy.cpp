@@ -85,6 +85,7 @@ Variable linear_cross_entropy(const Variable& hidden, const Variable& weight, co
                               double scale, Tensor* token_losses, int64_t chunk_rows) {
   const char* op = "linear_cross_entropy";
   check_activation(op, "hidden", hidden, 2);
+  check_dense(op, "hidden", hidden);
   CHECK(weight.defined() && weight.value().rank() == 2, op, ": weight must be (V, H)");
   check_weight(op, "weight", weight, Shape{weight.shape()[0], hidden.shape()[1]}, hidden);
   check_indices(op, "labels", labels, hidden.value());

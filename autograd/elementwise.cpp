@@ -9,6 +9,8 @@ Variable add(const Variable& a, const Variable& b) {
   check_activation("add", "a", a, 0);
   check_activation("add", "b", b, 0);
   check_same("add", "b", b, a);
+  check_dense("add", "a", a);
+  check_dense("add", "b", b);
   CHECK(a.shape() == b.shape(), "add: a is ", a.shape(), " but b is ", b.shape());
   Tensor y = empty_like(a.value());
   backend_of(y).add(y, a.value(), b.value());
@@ -29,6 +31,7 @@ Variable reshape(const Variable& x, Shape shape) {
 
 Variable scale(const Variable& x, double alpha) {
   check_activation("scale", "x", x, 0);
+  check_dense("scale", "x", x);
   Tensor y = empty_like(x.value());
   backend_of(y).scale(y, x.value(), alpha);
   return record("scale", std::move(y), {x}, [alpha](const Tensor& dy, const Needs&) {
@@ -42,6 +45,8 @@ Variable swiglu(const Variable& gate, const Variable& up) {
   check_activation("swiglu", "gate", gate, 0);
   check_activation("swiglu", "up", up, 0);
   check_same("swiglu", "up", up, gate);
+  check_dense("swiglu", "gate", gate);
+  check_dense("swiglu", "up", up);
   CHECK(gate.shape() == up.shape(), "swiglu: gate is ", gate.shape(), " but up is ", up.shape());
   Tensor y = empty_like(gate.value());
   backend_of(y).swiglu_forward(y, gate.value(), up.value());

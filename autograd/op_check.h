@@ -19,6 +19,12 @@ inline void check_activation(const char* op, const char* what, const Variable& x
         rank);
 }
 
+// Most kernels take dense rows alone (backend.h says which take strided ones).
+inline void check_dense(const char* op, const char* what, const Variable& x) {
+  CHECK(x.value().is_contiguous(), op, ": the rows of ", what, " ", x.shape(), " are ",
+        x.value().row_stride(), " elements apart; clone it first");
+}
+
 // A weight of any float dtype on the device of x.
 inline void check_weight(const char* op, const char* what, const Variable& weight,
                          const Shape& shape, const Variable& x) {

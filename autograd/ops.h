@@ -1,8 +1,9 @@
-// Every differentiable op, with its two equations. Activations are packed: T tokens of all the rows of
-// a batch one after the other, no padding; documents are told apart by cu_seqlens.
+// Every differentiable op, with its two equations. Activations are packed: T tokens of all the rows
+// of a batch one after the other, no padding; documents are told apart by cu_seqlens.
 //   T tokens   H hidden   D head_dim   N, K out and in features   r rank   V vocabulary
-// Activations are F32, BF16 (or F64, on the reference backend, for gradient checks); weights of those or F16.
-// Every op throws Error, under its own name, on shapes, dtypes or devices that do not fit.
+// Activations are F32, BF16 (or F64, on the reference backend, for gradient checks); weights of
+// those or F16. Every op throws Error, under its own name, on shapes, dtypes or devices that do not
+// fit.
 #pragma once
 
 #include "autograd/variable.h"
@@ -20,7 +21,8 @@ Variable scale(const Variable& x, double alpha);
 // y[t] = weight[ids[t]]; dweight[ids[t]] += dy[t]. ids (T) I32, weight (V, H); y in `dtype`.
 Variable embedding(const Tensor& ids, const Variable& weight, DType dtype);
 
-// y = x W^T + b; dx = dy W, dW = dy^T x, db = sum_t dy. x (T, K), weight (N, K), bias (N) or undefined.
+// y = x W^T + b; dx = dy W, dW = dy^T x, db = sum_t dy. x (T, K), weight (N, K), bias (N) or
+// undefined.
 Variable linear(const Variable& x, const Variable& weight, const Variable& bias = {});
 
 // LoRA (Hu et al. 2021) on a frozen or trained linear layer, dropout on the low-rank branch only:
@@ -40,11 +42,12 @@ Variable lora_linear(const Variable& x, const Variable& weight, const Variable& 
 //   dx = rstd (w dy - x rstd^2 mean(x w dy)), dw = sum dy x rstd. x (..., H), weight (H).
 Variable rms_norm(const Variable& x, const Variable& weight, double eps);
 
-// Rotates every head by the token's position (backend.h). x (T, heads, D), positions (T), cos_sin (P, D).
+// Rotates every head by the token's position (backend.h). x (T, heads, D), positions (T), cos_sin
+// (P, D).
 Variable rope(const Variable& x, const Tensor& positions, const Tensor& cos_sin);
 
-// softmax(scale q k^T + causal mask within each document) v. q (T, heads, D), k, v (T, kv_heads, D);
-// saves q, k, v, out and the log-sum-exp. cu_seqlens (documents + 1) I32.
+// softmax(scale q k^T + causal mask within each document) v. q (T, heads, D), k, v (T, kv_heads,
+// D); saves q, k, v, out and the log-sum-exp. cu_seqlens (documents + 1) I32.
 Variable attention(const Variable& q, const Variable& k, const Variable& v,
                    const Tensor& cu_seqlens, double scale);
 
@@ -53,9 +56,9 @@ Variable swiglu(const Variable& gate, const Variable& up);
 
 // scale * sum over labelled rows of the cross-entropy of softmax(hidden W^T) against labels.
 //   hidden (T, H), weight (V, H), labels (T) I32 with kIgnoreLabel where nothing is predicted.
-// Rows without a label cost nothing; logits exist for chunk_rows rows at a time, and the gradient of
-// hidden is made in the forward: never more than chunk_rows x V logits.
-// token_losses: if given, becomes (T) F32, the loss of each row, 0 where there is no label.
+// Rows without a label cost nothing; logits exist for chunk_rows rows at a time, and the gradient
+// of hidden is made in the forward: never more than chunk_rows x V logits. token_losses: if given,
+// becomes (T) F32, the loss of each row, 0 where there is no label.
 constexpr int32_t kIgnoreLabel = -100;
 constexpr int64_t kLossChunkRows = 256;
 Variable linear_cross_entropy(const Variable& hidden, const Variable& weight, const Tensor& labels,

@@ -168,6 +168,8 @@ void backward(const Variable& output, const Tensor& dy) {
   CHECK(dy.shape() == output.shape() && dy.dtype() == output.value().dtype(), "backward: dy is ",
         dtype_name(dy.dtype()), " ", dy.shape(), ", wanted ", dtype_name(output.value().dtype()),
         " ", output.shape());
+  CHECK(dy.is_contiguous(), "backward: the rows of dy are ", dy.row_stride(),
+        " elements apart, wanted dense rows");
   if (output.is_leaf()) {
     accumulate_leaf(*output.state(), dy);
     return;

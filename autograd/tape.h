@@ -1,8 +1,8 @@
-// Reverse-mode differentiation by a tape of closures. An op computes its output with the backend, then
-// calls record() with a closure whose capture list is the list of saved activations.
+// Reverse-mode differentiation by a tape of closures. An op computes its output with the backend,
+// then calls record() with a closure whose capture list is the list of saved activations.
 //
-// A node is dropped as soon as its backward has run (closure, inputs, dy), so activations die in the
-// order in which gradients are made, and after backward() no byte of the graph is live.
+// A node is dropped as soon as its backward has run (closure, inputs, dy), so activations die in
+// the order in which gradients are made, and after backward() no byte of the graph is live.
 #pragma once
 
 #include <functional>
@@ -26,9 +26,9 @@ Variable record(const char* name, Tensor output, std::vector<Variable> inputs, B
 bool needs_grad(const Variable& input);  // false when undefined
 bool recording();
 
-// d loss / d leaf, accumulated into every reachable leaf that requires it. loss has one element; its
-// gradient is 1. Nodes run by creation id, descending; no recursion. Each node's result is checked
-// (shape, and dtype: that of the value for activations, F32/F64 for leaves).
+// d loss / d leaf, accumulated into every reachable leaf that requires it. loss has one element;
+// its gradient is 1. Nodes run by creation id, descending; no recursion. Each node's result is
+// checked (shape, and dtype: that of the value for activations, F32/F64 for leaves).
 void backward(const Variable& loss);
 // The same from any output with a given gradient: checkpoint() uses it.
 void backward(const Variable& output, const Tensor& dy);

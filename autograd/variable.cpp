@@ -28,6 +28,7 @@ void Variable::set_grad(Tensor grad) {
     CHECK(grad.shape() == shape(), "set_grad: got ", grad.shape(), ", wanted ", shape());
     CHECK(grad.dtype() == wanted, "set_grad: got ", dtype_name(grad.dtype()), ", wanted ",
           dtype_name(wanted));
+    CHECK(grad.is_contiguous(), "set_grad: the rows of the gradient must be dense");
   }
   state_->grad = std::move(grad);
 }

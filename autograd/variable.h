@@ -19,13 +19,13 @@ class Variable {
   bool defined() const { return state_ != nullptr; }
   const Tensor& value() const { return state_->value; }
   const Shape& shape() const { return state_->value.shape(); }
-  // Whether a gradient with respect to this is wanted: set on leaves, OR-ed over the inputs of an op.
-  // It is set even while recording is off (NoRecord): checkpointing depends on it.
+  // Whether a gradient with respect to this is wanted: set on leaves, OR-ed over the inputs of an
+  // op. It is set even while recording is off (NoRecord): checkpointing depends on it.
   bool requires_grad() const { return state_ && state_->requires_grad; }
 
-  // Leaves only. The gradient of a leaf is F32 (F64 for an F64 leaf) whatever the value's dtype; it is accumulated
-  // into `grad` when one was given (a view of the flat ParameterBuffer), else into a tensor made at
-  // the first contribution. Undefined before that.
+  // Leaves only. The gradient of a leaf is F32 (F64 for an F64 leaf) whatever the value's dtype; it
+  // is accumulated into `grad` when one was given (a view of the flat ParameterBuffer), else into a
+  // tensor made at the first contribution. Undefined before that.
   void set_requires_grad(bool requires_grad);
   void set_value(Tensor value);  // same shape; for a working copy or a moved buffer
   void set_grad(Tensor grad);

@@ -197,6 +197,7 @@ TEST(Ops, RefuseWhatDoesNotFit) {
   const Variable bf16 = leaf({4, 6}, DType::BF16, 3), f64 = leaf({4, 6}, DType::F64, 3);
   EXPECT_THROW(ops::add(x, w), Error);
   EXPECT_THROW(ops::add(x, bf16), Error);
+  EXPECT_THROW(ops::scale(Variable(x.value().slice_cols(1, 3)), 2), Error);  // strided rows
   EXPECT_THROW(ops::swiglu(x, f64), Error);
   EXPECT_THROW(ops::linear(w, leaf({5, 7}, DType::F32, 1)), Error);
   EXPECT_THROW(ops::linear(x, w, leaf({6}, DType::F32, 1)), Error);
