@@ -1,6 +1,6 @@
-// The inner loops of the fast CPU kernels, as a table of functions: one table per instruction set, all
-// three compiled from the same sources (cpu/kernels/*.cpp) with other flags. cpu_backend.cpp cuts the
-// work into pieces for the thread pool and calls these on a piece.
+// The inner loops of the fast CPU kernels, as a table of functions: one table per instruction set,
+// all three compiled from the same sources (cpu/kernels/*.cpp) with other flags. cpu_backend.cpp
+// cuts the work into pieces for the thread pool and calls these on a piece.
 //
 // A file in cpu/kernels/ is compiled once per instruction set into namespace GRAFT_ISA (avx512,
 // avx2, portable, and wide16, which is avx512's shape under AVX2 flags so that its logic is tested
@@ -18,6 +18,7 @@ namespace graft {
 struct CpuKernels;  // tensor/cpu/kernels/table.h
 
 const CpuKernels& cpu_kernels(CpuPath path);
-const CpuKernels& cpu_kernels();  // of cpu_choice()
+const CpuKernels& cpu_kernels();         // of cpu_choice()
+const CpuKernels& cpu_kernels_wide16();  // for tests
 
 }  // namespace graft
