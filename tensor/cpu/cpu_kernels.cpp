@@ -18,19 +18,22 @@ namespace wide16 {
 CpuKernels make_table(const char* name);
 }
 
+// A table is filled by code of its own instruction set: only the one that was asked for may run.
 const CpuKernels& cpu_kernels(CpuPath path) {
-  static const CpuKernels portable_table = portable::make_table("portable");
-  static const CpuKernels avx2_table = avx2::make_table("avx2");
-  static const CpuKernels avx512_table = avx512::make_table("avx512");
   switch (path) {
-    case CpuPath::Avx512:
-      return avx512_table;
-    case CpuPath::Avx2:
-      return avx2_table;
+    case CpuPath::Avx512: {
+      static const CpuKernels table = avx512::make_table("avx512");
+      return table;
+    }
+    case CpuPath::Avx2: {
+      static const CpuKernels table = avx2::make_table("avx2");
+      return table;
+    }
     case CpuPath::Portable:
       break;
   }
-  return portable_table;
+  static const CpuKernels table = portable::make_table("portable");
+  return table;
 }
 
 const CpuKernels& cpu_kernels_wide16() {
