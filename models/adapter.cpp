@@ -93,9 +93,11 @@ LoraConfig load_adapter(Decoder& model, const std::string& directory) {
   try {
     attach_lora(layers, config, 0);
     fill_pairs(layers, file);
-  } catch (const Error&) {
+  } catch (const Error& error) {
     for (const auto& layer : layers) layer.linear->lora.reset();  // never half an adapter
-    throw;
+    const std::string text = error.what();
+    if (text.find(directory) != std::string::npos) throw;
+    fail(directory, ": ", text);
   }
   return config;
 }
