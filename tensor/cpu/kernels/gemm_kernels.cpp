@@ -269,6 +269,8 @@ void dot_rows(float* y, const float* x, const T* w, int64_t stride, int64_t coun
     const Vec x0 = Vec::load(x + k), x1 = Vec::load(x + k + kLanes);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
+      // The next rows: too short for the hardware to see a stream in time.
+      __builtin_prefetch(w + (r + R) * stride + k);
       even[r] = multiply_add(Vec::load(w + r * stride + k), x0, even[r]);
       odd[r] = multiply_add(Vec::load(w + r * stride + k + kLanes), x1, odd[r]);
     }
