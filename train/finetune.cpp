@@ -1,0 +1,298 @@
+#include "train/finetune.h"
+
+#include <chrono>
+#include <cmath>
+#include <filesystem>
+
+#include "autograd/tape.h"
+#include "models/weights.h"
+#include "tensor/safetensors.h"
+#include "tensor/thread_pool.h"
+#include "train/checkpoint.h"
+#include "train/data_loader.h"
+#include "train/report.h"
+#include "train/run_setup.h"
+
+namespace graft {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+PackedBatch make_batch(const Dataset& dataset, const std::vector<int64_t>& rows) {
+  std::vector<std::vector<int32_t>> ids, labels;
+  for (int64_t row : rows) {
+    ids.push_back(dataset.rows[size_t(row)].ids);
+    labels.push_back(dataset.rows[size_t(row)].labels);
+  }
+  return pack(ids, labels);
+}
+
+int64_t count_labels(const Dataset& dataset, const std::vector<std::vector<int64_t>>& batches) {
+  int64_t labels = 0;
+  for (const auto& rows : batches)
+    for (int64_t row : rows) labels += dataset.rows[size_t(row)].num_label_tokens();
+  return labels;
+}
+
+struct StepOutcome {
+  double loss = 0;  // mean over the labelled tokens of the whole step
+  double grad_norm = 0;
+  int64_t num_tokens = 0, num_label_tokens = 0;
+};
+
+class Run {
+ public:
+  Run(TrainOptions& options, const TrainData& data, const RunControl& control,
+      const std::string& model_dir);
+  TrainResult train();
+
+ private:
+  StepOutcome train_step(int64_t step);
+  bool eval_due(int64_t step) const;
+  void evaluate(int64_t step);
+  void log_step(int64_t step, const StepOutcome& outcome);
+  void begin_output();
+  void save();
+  bool interrupted() const { return control_.interrupt && *control_.interrupt; }
+
+  TrainOptions& options_;
+  const TrainData& data_;
+  const RunControl& control_;
+  std::string model_dir_;
+  std::unique_ptr<Decoder> model_;
+  ParameterBuffer parameters_;
+  DataLoader loader_;
+  Schedule schedule_;
+  std::unique_ptr<Report> report_;
+  TrainerState state_;
+  TrainResult result_;
+  int64_t first_step_ = 1;    // of this process
+  double train_seconds_ = 0;  // of this process, without evaluations
+  double unlogged_seconds_ = 0;
+  int64_t unlogged_tokens_ = 0;
+};
+
+Run::Run(TrainOptions& options, const TrainData& data, const RunControl& control,
+         const std::string& model_dir)
+    : options_(options),
+      data_(data),
+      control_(control),
+      model_dir_(model_dir),
+      model_(prepare_model(options, model_dir)),
+      parameters_(trained_leaves(*model_, options.method), Device::CPU,
+                  options.method == TrainOptions::Method::Full ? Scope::Weights : Scope::Adapters),
+      loader_(data.train, {.batch_size = options.per_device_train_batch_size,
+                           .accumulation_steps = options.gradient_accumulation_steps,
+                           .shuffle = options.shuffle,
+                           .seed = options.seed}) {
+  schedule_.type = options.lr_scheduler_type;
+  schedule_.learning_rate = options.learning_rate;
+  schedule_.min_lr_ratio = options.min_lr_ratio;
+  schedule_.total_steps =
+      options.max_steps > 0
+          ? options.max_steps
+          : int64_t(std::ceil(options.num_epochs * double(loader_.steps_per_epoch())));
+  schedule_.warmup_steps =
+      num_warmup_steps(options.warmup_steps, options.warmup_ratio, schedule_.total_steps);
+
+  int64_t trained = 0;
+  for (const auto& entry : parameters_.entries()) trained += entry.variable.shape().num_elements();
+  const bool full = options.method == TrainOptions::Method::Full;
+  result_.trainable_line =
+      trainable_parameters_line(trained, num_parameters(model_->config()) + (full ? 0 : trained));
+}
+
+// The whole loop. A run that is resumed enters it at the step after its checkpoint.
+TrainResult Run::train() {
+  begin_output();
+  if (eval_due(state_.step) && state_.last_eval_step < state_.step) evaluate(state_.step);
+
+  for (int64_t step = first_step_; step <= schedule_.total_steps && !interrupted(); ++step) {
+    const auto start = Clock::now();
+    const StepOutcome outcome = train_step(step);
+    const double seconds = seconds_since(start);
+
+    train_seconds_ += seconds;
+    unlogged_seconds_ += seconds;
+    state_.step = step;
+    state_.epoch = loader_.epoch_of(step);
+    state_.position = loader_.position_after(step);
+    log_step(step, outcome);
+
+    if (eval_due(step)) evaluate(step);
+    if (interrupted() || (options_.save_steps > 0 && step % options_.save_steps == 0)) save();
+  }
+
+  result_.steps = state_.step;
+  result_.interrupted = interrupted();
+  result_.first_eval_loss = state_.first_eval_loss;
+  result_.last_eval_loss = state_.last_eval_loss;
+  if (!result_.interrupted) {
+    save_model(*model_, options_, model_dir_, options_.output_dir);
+    report_->line("saved " + options_.output_dir);
+  } else if (state_.step > 0) {
+    report_->line(concat("interrupted after step ", state_.step, "; go on with resume: true"));
+  }
+  return result_;
+}
+
+// One optimizer step: forward and backward of every micro-batch, weighted by token over all of
+// them, then clipping and AdamW.
+StepOutcome Run::train_step(int64_t step) {
+  const auto& micro_batches = loader_.step(step);
+  StepOutcome outcome;
+  outcome.num_label_tokens = count_labels(data_.train, micro_batches);
+
+  ForwardContext context;
+  context.training = true;
+  context.dropout.seed = options_.seed;
+  context.dropout.step = uint32_t(step);
+  parameters_.zero_grad();
+  for (const auto& rows : micro_batches) {
+    const PackedBatch batch = make_batch(data_.train, rows);
+    context.dropout.first_row = outcome.num_tokens;
+    const Variable loss = model_->loss(batch, context, 1.0 / double(outcome.num_label_tokens),
+                                       options_.gradient_checkpointing);
+    outcome.loss += loss.value().item();
+    backward(loss);
+    outcome.num_tokens += batch.num_tokens();
+  }
+  outcome.grad_norm = parameters_.grad_norm();
+  const double learning_rate = schedule_.at(step);
+  CHECK(std::isfinite(outcome.loss) && std::isfinite(outcome.grad_norm), "training: step ", step,
+        " gave loss ", outcome.loss, " and gradient norm ", outcome.grad_norm, " at learning rate ",
+        learning_rate, "; checkpoints are as they were; try a lower learning_rate or more warm-up");
+  parameters_.step({.learning_rate = learning_rate,
+                    .beta1 = options_.adam_beta1,
+                    .beta2 = options_.adam_beta2,
+                    .epsilon = options_.adam_epsilon,
+                    .weight_decay = options_.weight_decay,
+                    .step = step},
+                   outcome.grad_norm, options_.max_grad_norm);
+  result_.losses.push_back(outcome.loss);
+  result_.grad_norms.push_back(outcome.grad_norm);
+  return outcome;
+}
+
+// Before the first and after the last step, and every eval_steps.
+bool Run::eval_due(int64_t step) const {
+  return step == 0 || step == schedule_.total_steps ||
+         (options_.eval_steps > 0 && step % options_.eval_steps == 0);
+}
+
+// eval_loss: the sum over all labelled tokens, divided by their number. No dropout.
+void Run::evaluate(int64_t step) {
+  const int64_t rows = int64_t(data_.eval.rows.size());
+  if (rows == 0) return;
+  const NoRecord no_record;
+  double sum = 0;
+  for (int64_t begin = 0; begin < rows; begin += options_.per_device_train_batch_size) {
+    if (interrupted()) return;
+    std::vector<int64_t> batch_rows;
+    for (int64_t i = begin; i < std::min(begin + options_.per_device_train_batch_size, rows); ++i)
+      batch_rows.push_back(i);
+    Tensor token_losses;
+    model_->loss(make_batch(data_.eval, batch_rows), ForwardContext{}, 1.0, false, &token_losses);
+    for (double loss : token_losses.to_doubles()) sum += loss;
+  }
+  const double eval_loss = sum / double(data_.eval.num_label_tokens());
+  if (!state_.first_eval_loss) state_.first_eval_loss = eval_loss;
+  state_.last_eval_loss = eval_loss;
+  state_.last_eval_step = step;
+  report_->eval(step, loader_.epochs_after(step), eval_loss);
+}
+
+void Run::log_step(int64_t step, const StepOutcome& outcome) {
+  state_.num_tokens += outcome.num_tokens;
+  state_.num_label_tokens += outcome.num_label_tokens;
+  state_.unlogged_loss += outcome.loss * double(outcome.num_label_tokens);
+  state_.unlogged_label_tokens += outcome.num_label_tokens;
+  unlogged_tokens_ += outcome.num_tokens;
+  if (step % options_.logging_steps != 0 && step != schedule_.total_steps) return;
+
+  StepMetrics metrics;
+  metrics.step = step;
+  metrics.total_steps = schedule_.total_steps;
+  metrics.epoch = loader_.epochs_after(step);
+  metrics.loss = state_.unlogged_loss / double(state_.unlogged_label_tokens);
+  metrics.learning_rate = schedule_.at(step);
+  metrics.grad_norm = outcome.grad_norm;
+  metrics.num_tokens = state_.num_tokens;
+  metrics.num_label_tokens = state_.num_label_tokens;
+  metrics.tokens_per_second = double(unlogged_tokens_) / unlogged_seconds_;
+  metrics.peak_memory_bytes = peak_memory_bytes();
+  metrics.seconds_left =
+      train_seconds_ / double(step - first_step_ + 1) * double(schedule_.total_steps - step);
+  report_->step(metrics);
+  state_.unlogged_loss = 0;
+  state_.unlogged_label_tokens = unlogged_tokens_ = 0;
+  unlogged_seconds_ = 0;
+}
+
+// Takes up a checkpoint, if one is asked for, and only then writes into output_dir.
+void Run::begin_output() {
+  const std::string metrics = options_.output_dir + "/metrics.jsonl";
+  Report console(control_.console, "");
+  console.line(result_.trainable_line);
+  const auto keys = run_result_keys(options_, model_dir_, data_);
+  std::optional<std::string> checkpoint;
+  if (options_.resume) {
+    checkpoint = newest_checkpoint(options_.output_dir,
+                                   [&](const std::string& text) { console.line(text); });
+    if (checkpoint) {
+      state_ = load_trainer_state(*checkpoint);
+      check_same_run(state_, keys, *checkpoint);
+      load_optimizer(parameters_, *checkpoint);
+    }
+    console.line(checkpoint ? concat("resume: going on from ", *checkpoint)
+                            : concat("resume: no whole checkpoint in ", options_.output_dir,
+                                     ", starting at the first step"));
+  }
+  state_.result_keys = keys;
+  first_step_ = state_.step + 1;
+
+  std::filesystem::create_directories(options_.output_dir);
+  if (options_.resume) truncate_metrics(metrics, checkpoint ? state_.step : -1);
+  write_file_atomically(options_.output_dir + "/train_config.yaml", resolved_yaml(options_));
+  report_ = std::make_unique<Report>(control_.console, metrics);
+}
+
+void Run::save() {
+  save_checkpoint(
+      options_.output_dir, state_, parameters_, options_.save_total_limit,
+      [&](const std::string& folder) { save_model(*model_, options_, model_dir_, folder); });
+}
+
+TrainResult run(TrainOptions options, TrainData data, const RunControl& control,
+                const std::string& model_dir) {
+  if (options.eval_split > 0 && data.eval.rows.empty())
+    data.eval = split_off(data.train, options.eval_split, options.seed);
+  check_token_ids(data, ModelConfig::load(model_dir));
+  Report console(control.console, "");
+  console.line("train: " + data.train.summary(options.max_seq_length));
+  if (!data.eval.rows.empty()) console.line("eval: " + data.eval.summary(options.max_seq_length));
+  return Run(options, data, control, model_dir).train();
+}
+
+}  // namespace
+
+TrainResult finetune(const TrainOptions& options, const RunControl& control) {
+  validate(options);
+  check_output_dir(options);
+  set_num_threads(int(options.threads));
+  const std::string model_dir = resolve_model(options.model);
+  return run(options, load_data(options, model_dir), control, model_dir);
+}
+
+TrainResult finetune(const TrainOptions& options, TrainData data, const RunControl& control) {
+  validate(options);
+  check_output_dir(options);
+  set_num_threads(int(options.threads));
+  return run(options, std::move(data), control, resolve_model(options.model));
+}
+
+}  // namespace graft

@@ -1,0 +1,196 @@
+#include "train/run_setup.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "models/adapter.h"
+#include "models/tokenizer.h"
+#include "models/weights.h"
+#include "tensor/safetensors.h"
+#include "train/checkpoint.h"
+#include "train/option_keys.h"
+
+namespace graft {
+namespace {
+
+namespace fs = std::filesystem;
+
+bool is_full(const TrainOptions& options) { return options.method == TrainOptions::Method::Full; }
+
+TextEncoder text_encoder(const Tokenizer& tokenizer) {
+  TextEncoder encoder;
+  encoder.encode = [&tokenizer](const std::string& text) {
+    Encoding encoding = tokenizer.encode(text);
+    return TextEncoder::Tokens{std::move(encoding.ids), std::move(encoding.offsets)};
+  };
+  encoder.eos_id = tokenizer.eos_id().value_or(-1);
+  return encoder;
+}
+
+nlohmann::ordered_json read_json(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  auto object = nlohmann::ordered_json::parse(file, nullptr, /*allow_exceptions=*/false);
+  CHECK(object.is_object(), path, ": is not a JSON object");
+  return object;
+}
+
+// Loads options.adapter. Its rank, alpha and targets hold: LoRA keys that were given must say the
+// same, but for the dropout, which may be chosen anew.
+void load_start_adapter(Decoder& model, TrainOptions& options) {
+  TrainOptions loaded = options;
+  loaded.lora = load_adapter(model, options.adapter);
+  loaded.lora.task_type = "CAUSAL_LM";
+  loaded.lora.init_lora_weights = options.lora.init_lora_weights;  // nothing is initialised
+  loaded.lora.base_model_name_or_path = options.lora.base_model_name_or_path;
+  if (options.given.contains("lora_dropout")) {
+    loaded.lora.lora_dropout = options.lora.lora_dropout;
+    for (NamedLinear& layer : linear_layers(model))
+      if (layer.linear->lora) layer.linear->lora->dropout_p = options.lora.lora_dropout;
+  }
+  for (const OptionKey& key : option_keys()) {
+    if (key.group != OptionKey::Group::Lora || !options.given.contains(key.name)) continue;
+    auto wanted = key.write(options), held = key.write(loaded);
+    if (key.form == OptionKey::Form::List && wanted.is_array() && held.is_array()) {
+      std::sort(wanted.begin(), wanted.end());  // PEFT writes the names as a set
+      std::sort(held.begin(), held.end());
+    }
+    CHECK(wanted == held, "adapter: ", options.adapter, " has ", key.name, " ", held.dump(),
+          ", but the options say ", wanted.dump(), "; leave the key out");
+  }
+  options = std::move(loaded);
+}
+
+struct CollectLeaves : Visitor {
+  std::vector<std::pair<std::string, Variable>> leaves;
+  bool full = false;
+  void parameter(const std::string& name, Variable& value) override {
+    if (!full) return;
+    // F16 is a type of files: trained weights work in F32.
+    if (value.value().dtype() == DType::F16)
+      value.set_value(value.value().to(DType::F32, Scope::Weights));
+    value.set_requires_grad(true);
+    leaves.emplace_back(name, value);
+  }
+  void linear(const std::string& name, Linear& module) override {
+    if (!module.lora) return;
+    leaves.emplace_back(name + ".lora_A", module.lora->a);
+    leaves.emplace_back(name + ".lora_B", module.lora->b);
+  }
+};
+
+// config.json with the dtype of the weights that lie beside it.
+void save_model_config(const std::string& model_dir, DType dtype, const std::string& folder) {
+  auto config = read_json(model_dir + "/config.json");
+  const std::string name = dtype == DType::BF16 ? "bfloat16" : "float32";
+  if (config.contains("dtype"))
+    config["dtype"] = name;
+  else
+    config["torch_dtype"] = name;
+  write_file_atomically(folder + "/config.json", config.dump(2) + "\n");
+}
+
+}  // namespace
+
+void check_output_dir(const TrainOptions& options) {
+  const fs::path folder = options.output_dir;
+  if (!fs::exists(folder)) return;
+  CHECK(fs::is_directory(folder), "output_dir: ", options.output_dir, " is not a directory");
+  if (options.resume) return;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    const std::string name = entry.path().filename();
+    const bool of_a_run = name == "train_config.yaml" || name == "metrics.jsonl" ||
+                          name == "adapter_config.json" || name.ends_with(".safetensors") ||
+                          name.rfind("checkpoint-", 0) == 0;
+    CHECK(!of_a_run, "output_dir: ", options.output_dir, " holds another run (", name,
+          "); choose another directory, or continue it with resume: true");
+  }
+}
+
+TrainData load_data(const TrainOptions& options, const std::string& model_dir) {
+  CHECK(!options.data.empty(),
+        "train: data is missing; give .txt or .jsonl files in the config file or as --data");
+  const Tokenizer tokenizer = Tokenizer::load(model_dir);
+  const TextEncoder encoder = text_encoder(tokenizer);
+  TrainData data;
+  data.train = load_dataset(options.data, encoder, options.max_seq_length);
+  if (!options.eval_data.empty())
+    data.eval = load_dataset(options.eval_data, encoder, options.max_seq_length);
+  return data;
+}
+
+void check_token_ids(const TrainData& data, const ModelConfig& config) {
+  for (const Dataset* dataset : {&data.train, &data.eval})
+    for (const Row& row : dataset->rows)
+      for (int32_t id : row.ids)
+        CHECK(id >= 0 && id < config.vocab_size, "data: the tokenizer gives id ", id,
+              ", but the model has ", config.vocab_size,
+              " tokens; tokenizer.json and config.json do not belong together");
+}
+
+std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string& model_dir) {
+  std::unique_ptr<Decoder> model;
+  if (options.random_init) {
+    const ModelConfig config = ModelConfig::load(model_dir);
+    const DType dtype =
+        options.dtype.value_or(config.dtype == DType::BF16 ? DType::BF16 : DType::F32);
+    const double range = read_json(model_dir + "/config.json").value("initializer_range", 0.02);
+    model = random_model(config, dtype, options.seed, range);
+  } else {
+    model = load_model(model_dir, options.dtype);
+  }
+  if (!is_full(options)) {
+    if (options.adapter.empty())
+      attach_lora(*model, options.lora, options.seed);
+    else
+      load_start_adapter(*model, options);
+  }
+  // F16 weights that are used in place have no name among the dtypes to ask for.
+  const bool f16 = model->embed_tokens.weight.value().dtype() == DType::F16;
+  if (!options.dtype && !f16) options.dtype = model->compute_dtype();
+  return model;
+}
+
+std::vector<std::pair<std::string, Variable>> trained_leaves(Decoder& model,
+                                                             TrainOptions::Method method) {
+  CollectLeaves collect;
+  collect.full = method == TrainOptions::Method::Full;
+  model.visit("", collect);
+  return std::move(collect.leaves);
+}
+
+std::vector<std::pair<std::string, std::string>> run_result_keys(const TrainOptions& options,
+                                                                 const std::string& model_dir,
+                                                                 const TrainData& data) {
+  auto keys = result_keys(options);
+  const auto add = [&](const char* name, const auto&... parts) {
+    keys.emplace_back(name, concat(parts...));
+  };
+  add("data", data.train.rows.size(), " rows, fingerprint ", data.train.fingerprint());
+  // Hashing all weights would read them all: sizes, and the config, tell models apart.
+  uint64_t bytes = 0;
+  for (const auto& entry : fs::directory_iterator(model_dir))
+    if (entry.path().extension() == ".safetensors") bytes += fs::file_size(entry.path());
+  add("model", "config ", hash_file(model_dir + "/config.json"), ", weights of ",
+      options.random_init ? 0 : bytes, " bytes");
+  if (!options.adapter.empty())
+    add("adapter", "fingerprint ", hash_file(options.adapter + "/adapter_model.safetensors"));
+  return keys;
+}
+
+void save_model(Decoder& model, const TrainOptions& options, const std::string& model_dir,
+                const std::string& folder) {
+  if (!is_full(options)) return save_adapter(model, options.lora, folder);
+  fs::create_directories(folder);
+  save_weights(model, folder, model.compute_dtype());
+  save_model_config(model_dir, model.compute_dtype(), folder);
+  for (const char* name : {"generation_config.json", "tokenizer.json", "tokenizer_config.json",
+                           "special_tokens_map.json", "vocab.json", "merges.txt",
+                           "added_tokens.json", "chat_template.jinja", "tokenizer.model"})
+    if (fs::exists(model_dir + "/" + name))
+      fs::copy_file(model_dir + "/" + name, folder + "/" + name,
+                    fs::copy_options::overwrite_existing);
+}
+
+}  // namespace graft

@@ -1,0 +1,42 @@
+// What stands around the training loop: model, data and adapter as the options ask for them, the
+// output directory, and the result on disk.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "models/decoder.h"
+#include "nn/parameter_buffer.h"
+#include "train/finetune.h"
+
+namespace graft {
+
+// Throws Error when output_dir is a file, or holds another run and resume is not set.
+void check_output_dir(const TrainOptions& options);
+
+// Rows of options.data, and of eval_data or eval_split, with the tokenizer of `model_dir`.
+TrainData load_data(const TrainOptions& options, const std::string& model_dir);
+
+// Throws Error for a token id that the model does not have.
+void check_token_ids(const TrainData& data, const ModelConfig& config);
+
+// The base with what is to be trained: a fresh adapter, the one of options.adapter, or all weights.
+// Writes back into the options what was decided here: dtype, and the adapter's LoraConfig.
+std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string& model_dir);
+
+// The trained leaves in model order, with their names; requires_grad is set on all of them.
+std::vector<std::pair<std::string, Variable>> trained_leaves(Decoder& model,
+                                                             TrainOptions::Method method);
+
+// Everything that the trained bytes depend on: the keys of the options, data, model, adapter.
+std::vector<std::pair<std::string, std::string>> run_result_keys(const TrainOptions& options,
+                                                                 const std::string& model_dir,
+                                                                 const TrainData& data);
+
+// The adapter; with method full the weights and the files of model_dir that belong to them.
+void save_model(Decoder& model, const TrainOptions& options, const std::string& model_dir,
+                const std::string& folder);
+
+}  // namespace graft
