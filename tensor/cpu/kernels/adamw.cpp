@@ -25,14 +25,23 @@ void adamw(float* parameter, float* m, float* v, const float* gradient, int64_t 
 }
 
 double sum_of_squares(const float* x, int64_t n) {
-  typedef double Wide __attribute__((vector_size(8 * kLanes)));
-  Wide sum{};
-  for_each_vector(n, [&](int64_t i, auto lanes) {
-    const Wide wide = __builtin_convertvector(load(x + i, lanes), Wide);
-    sum += wide * wide;
-  });
+  constexpr int kHalf = kLanes / 2, kSums = 8;
+  typedef float Narrow __attribute__((vector_size(4 * kHalf)));
+  typedef double Wide __attribute__((vector_size(8 * kHalf)));
+  Wide sums[kSums]{};
+  int64_t i = 0;
+  for (; i + kSums * kHalf <= n; i += kSums * kHalf)
+#pragma GCC unroll 8
+    for (int s = 0; s < kSums; ++s) {
+      Narrow narrow;
+      std::memcpy(&narrow, x + i + s * kHalf, sizeof narrow);
+      const Wide wide = __builtin_convertvector(narrow, Wide);
+      sums[s] += wide * wide;
+    }
   double total = 0;
-  for (int i = 0; i < kLanes; ++i) total += sum[i];
+  for (; i < n; ++i) total += double(x[i]) * double(x[i]);
+  for (int s = 1; s < kSums; ++s) sums[0] += sums[s];
+  for (int lane = 0; lane < kHalf; ++lane) total += sums[0][lane];
   return total;
 }
 

@@ -7,52 +7,62 @@
 namespace graft::GRAFT_ISA {
 namespace {
 
-constexpr int kHeads = 8;  // query heads at a time
-
+// Heads lie in lanes: scores (keys, width) = K (keys, D) q^T (D, width), then softmax goes down the
+// columns, and out (heads, D) = P^T V.
 template <class T>
-void decode_heads(const DecodeChunk& c, int64_t head, int heads) {
-  const int64_t padded_dim = round_up(c.head_dim, kLanes), keys = c.keys;
-  const T* k = static_cast<const T*>(c.k);
-  const T* v = static_cast<const T*>(c.v);
-  alignas(64) float q[kHeads * kMaxHeadDim] = {};  // heads that are not there have zero queries
-  alignas(64) float scores[kHeads][kDecodeChunk];
-  pack_rows(q, padded_dim, static_cast<const T*>(c.q) + head * c.q_stride, c.q_stride, heads,
-            c.head_dim, c.scale);
-  for (int64_t key = 0; key < keys; ++key) {
-    Vec sum[kHeads]{};
-    for_each_vector(c.head_dim, [&](int64_t d, auto lanes) {
-      const Vec right = load(k + key * c.k_stride + d, lanes);
-      for (int h = 0; h < kHeads; ++h) sum[h] += right * load(q + h * padded_dim + d);
-    });
-    for (int h = 0; h < kHeads; ++h) scores[h][key] = horizontal_sum(sum[h]);
+void decode_heads(const DecodeChunk& c, int64_t head, int64_t heads) {
+  const int64_t padded_dim = round_up(c.head_dim, kLanes), width = round_up(heads, kLanes);
+  alignas(64) float q[kMaxHeadDim * kPanel] = {};  // heads that are not there have zero queries
+  alignas(64) float scores[kDecodeChunk * kPanel];
+  alignas(64) float rows[kAttentionTile * kMaxHeadDim];  // a block of keys, then of values, in F32
+  alignas(64) float out[kPanel * kMaxHeadDim];
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t d = 0; d < c.head_dim; ++d)
+      q[d * width + h] = to_f32(static_cast<const T*>(c.q)[(head + h) * c.q_stride + d]) * c.scale;
+
+  for (int64_t key = 0; key < c.keys; key += kAttentionTile) {
+    const int64_t count = smaller(kAttentionTile, c.keys - key);
+    pack_rows(rows, padded_dim, static_cast<const T*>(c.k) + key * c.k_stride, c.k_stride, count,
+              c.head_dim, 1.0f);
+    tile_product<false>(scores + key * width, width, {rows, padded_dim}, {q, kPanel, width}, count,
+                        false, [&](int64_t, int64_t) {
+                          return Bounds{width, 0, c.head_dim};
+                        });
   }
-  for (int h = 0; h < heads; ++h) {
-    float* tail = c.partial + (head + h) * (padded_dim + 2) + padded_dim;
-    float largest = -__builtin_inff();
-    for (int64_t i = 0; i < keys; ++i) largest = scores[h][i] > largest ? scores[h][i] : largest;
-    Vec sum{};
-    for_each_vector(keys, [&](int64_t i, auto lanes) {
-      store(scores[h] + i, exp(load(scores[h] + i, lanes) - largest), lanes);
-      sum += load(scores[h] + i, lanes);
-    });
-    tail[0] = largest;
-    tail[1] = horizontal_sum(sum);
-  }
-  for (int h = heads; h < kHeads; ++h) std::memset(scores[h], 0, sizeof scores[h]);
-  for_each_vector(c.head_dim, [&](int64_t d, auto lanes) {
-    Vec sum[kHeads]{};
-    for (int64_t key = 0; key < keys; ++key) {
-      const Vec right = load(v + key * c.v_stride + d, lanes);
-      for (int h = 0; h < kHeads; ++h) sum[h] += scores[h][key] * right;
+  for (int64_t h = 0; h < width; h += kLanes) {
+    Vec largest = broadcast(-__builtin_inff()), sum{};
+    for (int64_t key = 0; key < c.keys; ++key)
+      largest = max(load(scores + key * width + h), largest);
+    for (int64_t key = 0; key < c.keys; ++key) {
+      const Vec p = exp(load(scores + key * width + h) - largest);
+      store(scores + key * width + h, p);
+      sum += p;
     }
-    for (int h = 0; h < heads; ++h) store(c.partial + (head + h) * (padded_dim + 2) + d, sum[h]);
-  });
+    for (int64_t lane = 0; lane < smaller(kLanes, heads - h); ++lane) {
+      float* tail = c.partial + (head + h + lane) * (padded_dim + 2) + padded_dim;
+      tail[0] = largest[lane];
+      tail[1] = sum[lane];
+    }
+  }
+  std::memset(out, 0, size_t(heads * padded_dim) * sizeof(float));
+  for (int64_t key = 0; key < c.keys; key += kAttentionTile) {
+    const int64_t count = smaller(kAttentionTile, c.keys - key);
+    pack_rows(rows, padded_dim, static_cast<const T*>(c.v) + key * c.v_stride, c.v_stride, count,
+              c.head_dim, 1.0f);
+    tile_product<true>(out, padded_dim, {scores + key * width, width}, {rows, kPanel, padded_dim},
+                       heads, true, [&](int64_t, int64_t) {
+                         return Bounds{padded_dim, 0, count};
+                       });
+  }
+  for (int64_t h = 0; h < heads; ++h)
+    std::memcpy(c.partial + (head + h) * (padded_dim + 2), out + h * padded_dim,
+                size_t(padded_dim) * sizeof(float));
 }
 
 void attention_decode(const DecodeChunk& chunk) {
   with_activation(chunk.dtype, [&]<class T>(T) {
-    for (int64_t head = 0; head < chunk.group; head += kHeads)
-      decode_heads<T>(chunk, head, int(smaller(kHeads, chunk.group - head)));
+    for (int64_t head = 0; head < chunk.group; head += kPanel)
+      decode_heads<T>(chunk, head, smaller(kPanel, chunk.group - head));
   });
 }
 
