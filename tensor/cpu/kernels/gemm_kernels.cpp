@@ -258,45 +258,60 @@ void store_transposed(const GemmStore& out, const float* sums, int64_t rows, int
 
 // --- few rows: dot products with the rows of w as they lie ---
 
-// R dot products of x with rows of w: two vectors of partial sums each, added in a fixed order.
-template <int R, class T>
-void dot_rows(float* y, const float* x, const T* w, int64_t stride, int64_t count,
-              bool accumulate) {
-  Vec even[R], odd[R];
-  for (int r = 0; r < R; ++r) even[r] = odd[r] = Vec::zero();
-  int64_t k = 0;
-  for (; k + 2 * kLanes <= count; k += 2 * kLanes) {
-    const Vec x0 = Vec::load(x + k), x1 = Vec::load(x + k + kLanes);
+// y[m] = or += w . x[m], M rows of x with one of w. Partial sums in U vectors for each, added in a
+// fixed order. One row of w after the other, so that memory is read as one long stream.
+template <int M, class T>
+void dot_row(float* y, int64_t y_stride, const float* x, const T* w, int64_t count,
+             bool accumulate) {
+  constexpr int U = M == 1 ? 4 : 2;
+  Vec s[M][U];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      // The next rows: too short for the hardware to see a stream in time.
-      __builtin_prefetch(w + (r + R) * stride + k);
-      even[r] = multiply_add(Vec::load(w + r * stride + k), x0, even[r]);
-      odd[r] = multiply_add(Vec::load(w + r * stride + k + kLanes), x1, odd[r]);
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) s[m][u] = Vec::zero();
+  int64_t k = 0;
+  for (; k + U * kLanes <= count; k += U * kLanes) {
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      const Vec v = Vec::load(w + k + u * kLanes);
+      // Rows of 16 bits need more lines in flight than the hardware fetches ahead: 1 KiB, measured.
+      if constexpr (sizeof(T) == 2) __builtin_prefetch(w + k + u * kLanes + 512);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m)
+        s[m][u] = multiply_add(v, Vec::load(x + m * count + k + u * kLanes), s[m][u]);
     }
   }
   for (; k < count; k += kLanes) {
     const int64_t n = min(kLanes, count - k);
-    const Vec x0 = load_first(x + k, n);
-    for (int r = 0; r < R; ++r)
-      even[r] = multiply_add(load_first(w + r * stride + k, n), x0, even[r]);
+    const Vec v = load_first(w + k, n);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m)
+      s[m][0] = multiply_add(v, load_first(x + m * count + k, n), s[m][0]);
   }
-  for (int r = 0; r < R; ++r) y[r] = sum(even[r] + odd[r]) + (accumulate ? y[r] : 0.0f);
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    Vec total = s[m][0] + s[m][1];
+    if constexpr (U == 4) total = total + (s[m][2] + s[m][3]);
+    y[m * y_stride] = sum(total) + (accumulate ? y[m * y_stride] : 0.0f);
+  }
+}
+
+template <int M>
+void dot_rows(float* sums, int64_t sums_stride, const float* x, const GemmMatrix& w, int64_t row,
+              int64_t rows, int64_t count, bool accumulate) {
+  with_type(w.dtype, [&]<class T>(T) {
+    for (int64_t j = 0; j < rows; ++j)
+      dot_row<M>(sums + j, sums_stride, x, at<T>(w, row + j, 0), count, accumulate);
+  });
 }
 
 void dot(float* sums, int64_t sums_stride, const float* x, int64_t m, const GemmMatrix& w,
          int64_t row, int64_t rows, int64_t count, bool accumulate) {
-  with_type(w.dtype, [&]<class T>(T) {
-    int64_t j = 0;
-    for (; j + 4 <= rows; j += 4)
-      for (int64_t i = 0; i < m; ++i)
-        dot_rows<4>(sums + i * sums_stride + j, x + i * count, at<T>(w, row + j, 0), w.stride,
-                    count, accumulate);
-    for (; j < rows; ++j)
-      for (int64_t i = 0; i < m; ++i)
-        dot_rows<1>(sums + i * sums_stride + j, x + i * count, at<T>(w, row + j, 0), w.stride,
-                    count, accumulate);
-  });
+  const auto rows_of = m == 1   ? dot_rows<1>
+                       : m == 2 ? dot_rows<2>
+                       : m == 3 ? dot_rows<3>
+                                : dot_rows<4>;
+  rows_of(sums, sums_stride, x, w, row, rows, count, accumulate);
 }
 
 }  // namespace

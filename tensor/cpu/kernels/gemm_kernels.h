@@ -50,7 +50,7 @@ struct GemmKernels {
   void (*store)(const GemmStore& out, const float* sums, int64_t rows, int64_t cols);
   // c is (cols, rows): sums transposed on their way out, bias per row of the sums.
   void (*store_transposed)(const GemmStore& out, const float* sums, int64_t rows, int64_t cols);
-  // sums[m * nr_out + j] = or += sum over k of x[m * count + k] * w(row + j, k): for few rows m.
+  // sums[i * sums_stride + j] = or += sum over k of x[i * count + k] * w(row + j, k), i < m <= 4.
   void (*dot)(float* sums, int64_t sums_stride, const float* x, int64_t m, const GemmMatrix& w,
               int64_t row, int64_t rows, int64_t count, bool accumulate);
 };
