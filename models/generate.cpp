@@ -9,6 +9,7 @@
 
 #include "autograd/tape.h"
 #include "models/json_file.h"
+#include "tensor/backend.h"
 
 namespace graft {
 namespace {
@@ -36,6 +37,7 @@ std::vector<int32_t> read_eos(const JsonReader& reader) {
 std::vector<int32_t> by_falling_logit(const std::vector<float>& logits) {
   std::vector<int32_t> order(logits.size());
   std::iota(order.begin(), order.end(), 0);
+  std::erase_if(order, [&](int32_t id) { return logits[size_t(id)] == kFiltered; });
   std::stable_sort(order.begin(), order.end(),
                    [&](int32_t a, int32_t b) { return logits[size_t(a)] > logits[size_t(b)]; });
   return order;
@@ -81,6 +83,20 @@ void keep_min_p(std::vector<float>& logits, double min_p) {
     if (weights[i] < min_p) logits[i] = kFiltered;
 }
 
+// Room for more tokens behind those that are there. The cache starts small and doubles, since
+// max_new_tokens may be far more than a text has.
+void grow(Decoder& model, KvCache& cache, int64_t tokens) {
+  if (cache.length + tokens <= cache.capacity) return;
+  KvCache larger = model.make_cache(std::max(2 * cache.capacity, cache.length + tokens + 128));
+  for (size_t i = 0; i < cache.k.size(); ++i)
+    for (auto [to, from] : {std::pair{&larger.k[i], &cache.k[i]}, {&larger.v[i], &cache.v[i]}}) {
+      Tensor room = to->slice_rows(0, cache.length);
+      backend_of(room).copy(room, from->slice_rows(0, cache.length));
+    }
+  larger.length = cache.length;
+  cache = std::move(larger);
+}
+
 int32_t pick(const std::vector<float>& logits, const GenerationConfig& config, Random& random) {
   const auto best = std::max_element(logits.begin(), logits.end());
   if (!config.do_sample || config.temperature == 0) return int32_t(best - logits.begin());
@@ -114,6 +130,9 @@ GenerationConfig GenerationConfig::load(const std::string& model_dir) {
     config.repetition_penalty = reader.number("repetition_penalty", config.repetition_penalty);
     if (reader.has("max_new_tokens")) config.max_new_tokens = reader.size("max_new_tokens");
     config.eos_token_ids = read_eos(reader);
+    CHECK(config.temperature >= 0 && config.top_k >= 0 && config.top_p >= 0 && config.min_p >= 0 &&
+              config.repetition_penalty > 0,
+          path, ": temperature, top_k, top_p, min_p or repetition_penalty is out of range");
   }
   const std::string model_config = (directory / "config.json").string();
   if (config.eos_token_ids.empty() && std::filesystem::exists(model_config)) {
@@ -149,8 +168,9 @@ std::vector<int32_t> generate(Decoder& model, const std::vector<int32_t>& prompt
   NoRecord off;
   Random random(config.seed);
   std::vector<int32_t> all = prompt_ids, next = prompt_ids, made;
-  KvCache cache = model.make_cache(int64_t(prompt_ids.size()) + config.max_new_tokens);
+  KvCache cache;
   while (int64_t(made.size()) < config.max_new_tokens) {
+    grow(model, cache, int64_t(next.size()));
     const Tensor hidden = model.forward_cached(next, cache);
     const int64_t last = hidden.size(0) - 1;
     const Tensor row = model.logits(hidden.slice_rows(last, last + 1)).to(DType::F32);
