@@ -1,0 +1,234 @@
+// Training against PEFT, step by step: the trajectories of tests/golden/trajectories, and what must
+// hold of any trajectory (batching, threads, checkpointing).
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "tensor/safetensors.h"
+#include "tensor/thread_pool.h"
+#include "train/finetune.h"
+
+namespace graft {
+namespace {
+
+namespace fs = std::filesystem;
+constexpr const char* kGolden = "tests/golden/trajectories/";
+
+class Trajectory : public testing::Test {
+ protected:
+  Trajectory() {
+    folder_ = fs::temp_directory_path() / ("graft_trajectory_" + std::to_string(getpid()));
+    fs::create_directories(folder_);
+  }
+  ~Trajectory() override {
+    fs::remove_all(folder_);
+    set_num_threads(0);
+  }
+
+  nlohmann::json golden(const std::string& name) {
+    std::ifstream file(kGolden + name + "/golden.json");
+    EXPECT_TRUE(file) << kGolden << name << "/golden.json; run from the root of the tree";
+    return nlohmann::json::parse(file);
+  }
+
+  // The golden recipe: rows in the order of the file, two micro-batches of two rows.
+  static TrainOptions options(const nlohmann::json& golden) {
+    TrainOptions o;
+    const auto& recipe = golden["recipe"];
+    o.model = golden["model"];
+    o.learning_rate = recipe["learning_rate"];
+    o.adam_beta1 = recipe["adam_beta1"];
+    o.adam_beta2 = recipe["adam_beta2"];
+    o.adam_epsilon = recipe["adam_epsilon"];
+    o.weight_decay = recipe["weight_decay"];
+    o.max_grad_norm = recipe["max_grad_norm"];
+    o.warmup_steps = recipe["warmup_steps"];
+    o.max_steps = recipe["max_steps"];
+    EXPECT_EQ(recipe["lr_scheduler_type"], "cosine");
+    o.per_device_train_batch_size = int64_t(golden["batches"][0][0].size());
+    o.gradient_accumulation_steps = int64_t(golden["batches"][0].size());
+    o.shuffle = false;
+    o.save_steps = 0;
+    o.dtype = DType::F32;
+    return o;
+  }
+
+  static TrainData rows(const nlohmann::json& golden) {
+    TrainData data;
+    for (const auto& step : golden["batches"])
+      for (const auto& micro_batch : step)
+        for (const auto& row : micro_batch)
+          data.train.rows.push_back({row["input_ids"], row["labels"]});
+    return data;
+  }
+
+  TrainResult run(TrainOptions o, const TrainData& data, const std::string& name) {
+    o.output_dir = folder_ / name;
+    fs::remove_all(o.output_dir);
+    return finetune(o, data);
+  }
+
+  std::string bytes(const std::string& name) {
+    std::ifstream file(folder_ / name / "adapter_model.safetensors", std::ios::binary);
+    return {std::istreambuf_iterator<char>(file), {}};
+  }
+
+  fs::path folder_;
+};
+
+// Over all tensors of two files: the largest absolute difference, and the relative L2 norm of it.
+struct Distance {
+  double max_abs = 0, relative_l2 = 0;
+};
+Distance distance(const std::string& path, const std::string& reference_path) {
+  const SafetensorsFile file(path), reference(reference_path);
+  EXPECT_EQ(file.entries().size(), reference.entries().size());
+  Distance d;
+  double squares = 0, difference_squares = 0;
+  for (const SafetensorsEntry& entry : reference.entries()) {
+    const auto a = file.tensor(entry.name).to_doubles();
+    const auto b = reference.tensor(entry.name).to_doubles();
+    EXPECT_EQ(a.size(), b.size()) << entry.name;
+    for (size_t i = 0; i < b.size(); ++i) {
+      d.max_abs = std::max(d.max_abs, std::abs(a[i] - b[i]));
+      squares += b[i] * b[i];
+      difference_squares += (a[i] - b[i]) * (a[i] - b[i]);
+    }
+  }
+  d.relative_l2 = std::sqrt(difference_squares / squares);
+  return d;
+}
+
+double relative_l2(const std::vector<double>& values, const std::vector<double>& reference) {
+  double squares = 0, difference_squares = 0;
+  for (size_t i = 0; i < reference.size(); ++i) {
+    squares += reference[i] * reference[i];
+    difference_squares += (values[i] - reference[i]) * (values[i] - reference[i]);
+  }
+  return std::sqrt(difference_squares / squares);
+}
+
+void expect_losses(const TrainResult& result, const nlohmann::json& golden) {
+  const std::vector<double> losses = golden["losses"], norms = golden["grad_norms"];
+  ASSERT_EQ(result.losses.size(), losses.size());
+  for (size_t i = 0; i < losses.size(); ++i) {
+    EXPECT_NEAR(result.losses[i], losses[i], 1e-5 * losses[i]) << "loss of step " << i + 1;
+    EXPECT_NEAR(result.grad_norms[i], norms[i], 1e-4 * norms[i]) << "norm of step " << i + 1;
+  }
+}
+
+class PeftTrajectory : public Trajectory, public testing::WithParamInterface<const char*> {};
+
+// Tolerances of the project: each loss 1e-5 relative, final A and B 1e-4.
+TEST_P(PeftTrajectory, GivesPeftsLossesAndFinalAdapterInF32) {
+  const auto g = golden(GetParam());
+  TrainOptions o = options(g);
+  o.adapter = std::string(kGolden) + GetParam() + "/start";
+  expect_losses(run(o, rows(g), "f32"), g);
+  const Distance d =
+      distance(folder_ / "f32/adapter_model.safetensors",
+               std::string(kGolden) + GetParam() + "/final/adapter_model.safetensors");
+  EXPECT_LE(d.max_abs, 1e-4);
+  RecordProperty("max_abs", std::to_string(d.max_abs));
+}
+
+// How far PEFT itself is off in BF16 is in the golden file: graft may be 1.2 times as far.
+TEST_P(PeftTrajectory, InBf16IsAsNearToF32AsPeft) {
+  const auto g = golden(GetParam());
+  TrainOptions o = options(g);
+  o.adapter = std::string(kGolden) + GetParam() + "/start";
+  o.dtype = DType::BF16;
+  const TrainResult result = run(o, rows(g), "bf16");
+  const Distance d =
+      distance(folder_ / "bf16/adapter_model.safetensors",
+               std::string(kGolden) + GetParam() + "/final/adapter_model.safetensors");
+  EXPECT_LE(d.relative_l2, 1.2 * g["bf16_distance"]["final"]["relative_l2"].get<double>());
+  EXPECT_GT(d.relative_l2, 0);
+  EXPECT_LE(relative_l2(result.losses, g["losses"]),
+            1.2 * g["bf16_distance"]["losses"]["relative_l2"].get<double>());
+}
+
+INSTANTIATE_TEST_SUITE_P(Golden, PeftTrajectory,
+                         testing::Values("llama_gqa", "qwen2_tied", "qwen3_tied", "patterns",
+                                         "layers_to_transform"),
+                         [](const auto& info) { return std::string(info.param); });
+
+TEST_F(Trajectory, TrainingAllWeightsGivesTorchsLossesAndWeights) {
+  const auto g = golden("full_qwen3_tied");
+  TrainOptions o = options(g);
+  o.method = TrainOptions::Method::Full;
+  expect_losses(run(o, rows(g), "full"), g);
+  const Distance d = distance(folder_ / "full/model.safetensors",
+                              std::string(kGolden) + "full_qwen3_tied/final.safetensors");
+  EXPECT_LE(d.max_abs, 1e-4);
+}
+
+// A fresh adapter with dropout, on rows of unequal length.
+TrainOptions dropout_options() {
+  TrainOptions o;
+  o.model = "tests/golden/models/qwen3_tied";
+  o.learning_rate = 1e-2;
+  o.max_steps = 6;
+  o.save_steps = 0;
+  o.lora.r = 4;
+  o.lora.lora_dropout = 0.1;
+  o.lora.init_lora_weights = LoraConfig::Init::Gaussian;
+  return o;
+}
+
+TEST_F(Trajectory, EightByOneAndTwoByFourAgreeWithRowsOfUnequalLength) {
+  const TrainData data = rows(golden("qwen3_tied"));
+  TrainOptions o = dropout_options();
+  o.per_device_train_batch_size = 8;
+  o.gradient_accumulation_steps = 1;
+  const TrainResult whole = run(o, data, "8x1");
+  o.per_device_train_batch_size = 2;
+  o.gradient_accumulation_steps = 4;
+  const TrainResult parts = run(o, data, "2x4");
+  ASSERT_EQ(whole.losses.size(), parts.losses.size());
+  for (size_t i = 0; i < whole.losses.size(); ++i)
+    EXPECT_NEAR(whole.losses[i], parts.losses[i], 1e-6 * whole.losses[i]) << "step " << i + 1;
+  const Distance d = distance(folder_ / "2x4/adapter_model.safetensors",
+                              folder_ / "8x1/adapter_model.safetensors");
+  EXPECT_LE(d.relative_l2, 1e-6);
+}
+
+TEST_F(Trajectory, AdaptersAreTheSameBytesForOneTwoThreeAndEightThreads) {
+  const TrainData data = rows(golden("qwen3_tied"));
+  for (const DType dtype : {DType::F32, DType::BF16}) {
+    TrainOptions o = dropout_options();
+    o.dtype = dtype;
+    o.threads = 1;
+    run(o, data, "1");
+    ASSERT_FALSE(bytes("1").empty());
+    for (const int64_t threads : {2, 3, 8}) {
+      o.threads = threads;
+      run(o, data, "n");
+      EXPECT_EQ(bytes("n"), bytes("1")) << threads << " threads, " << dtype_name(dtype);
+    }
+  }
+}
+
+TEST_F(Trajectory, CheckpointingGivesTheSameBytes) {
+  const TrainData data = rows(golden("qwen3_tied"));
+  TrainOptions o = dropout_options();
+  run(o, data, "plain");
+  o.gradient_checkpointing = true;
+  run(o, data, "checkpointing");
+  EXPECT_EQ(bytes("checkpointing"), bytes("plain"));
+}
+
+TEST_F(Trajectory, AnotherSeedGivesAnotherAdapter) {
+  const TrainData data = rows(golden("qwen3_tied"));
+  TrainOptions o = dropout_options();
+  run(o, data, "a");
+  o.seed = 43;
+  run(o, data, "b");
+  EXPECT_NE(bytes("a"), bytes("b"));
+}
+
+}  // namespace
+}  // namespace graft
