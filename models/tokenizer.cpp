@@ -1,41 +1,13 @@
 // Loading tokenizer.json, and the way of text through the parts. See models/tokenizer_parts.h.
 #include "models/tokenizer.h"
 
+#include <algorithm>
 #include <fstream>
-#include <sstream>
 
 #include "models/tokenizer_parts.h"
 #include "tensor/check.h"
 
 namespace graft {
-
-const Json& json_member(const Json& json, const char* key, const std::string& file) {
-  CHECK(json.is_object(), file, ": expected an object with '", key, "', got ",
-        json.dump().substr(0, 80));
-  const auto it = json.find(key);
-  CHECK(it != json.end(), file, ": '", key, "' is missing from ", json.dump().substr(0, 80));
-  return *it;
-}
-
-bool json_bool(const Json& json, const char* key, bool otherwise, const std::string& file) {
-  const auto it = json.find(key);
-  if (it == json.end() || it->is_null()) return otherwise;
-  CHECK(it->is_boolean(), file, ": '", key, "' is ", it->dump(), ", expected true or false");
-  return it->get<bool>();
-}
-
-std::string json_string(const Json& json, const char* key, const std::string& file) {
-  const Json& value = json_member(json, key, file);
-  CHECK(value.is_string(), file, ": '", key, "' is ", value.dump().substr(0, 80),
-        ", expected a string");
-  return value.get<std::string>();
-}
-
-std::string json_type(const Json& json, const char* what, const std::string& file) {
-  CHECK(json.is_object() && json.contains("type") && json["type"].is_string(), file, ": ", what,
-        " is ", json.dump().substr(0, 80), ", expected an object with a type");
-  return json["type"].get<std::string>();
-}
 
 // Printable bytes stand for themselves, the others for characters from U+0100 on, in order.
 const std::array<std::string, 256>& byte_level_alphabet() {
@@ -66,18 +38,6 @@ int byte_level_byte(uint32_t code_point) {
 
 namespace {
 
-Json parse_file(const std::string& file) {
-  std::ifstream in(file, std::ios::binary);
-  CHECK(in, file, ": cannot be opened; expected the tokenizer.json of a model directory");
-  std::ostringstream content;
-  content << in.rdbuf();
-  try {
-    return Json::parse(std::move(content).str());
-  } catch (const nlohmann::json::exception& error) {
-    fail(file, ": broken JSON: ", error.what());
-  }
-}
-
 const Json& member_or_null(const Json& json, const char* key) {
   static const Json null;
   const auto it = json.find(key);
@@ -100,14 +60,16 @@ std::optional<int32_t> named_token(const TokenizerParts& parts, const Json& conf
   return find_token(parts, value.get_ref<const std::string&>());
 }
 
-void read_parts(TokenizerParts& parts, const Json& json) {
+void read_parts(TokenizerParts& parts) {
   const std::string& file = parts.file;
+  ModelTables tables;
+  const Json json = parse_tokenizer_json(tables, file);
   CHECK(json.is_object(), file, ": expected a JSON object");
   const Json& model = json_member(json, "model", file);
   const bool has_type = model.is_object() && model.contains("type");
   const std::string type = has_type ? json_type(model, "model", file) : std::string("BPE");
   CHECK(type == "BPE", file, ": model ", type, " is not supported, expected BPE");
-  parts.bpe = std::make_unique<Bpe>(model, file);
+  parts.bpe = std::make_unique<Bpe>(model, std::move(tables), file);
   parts.normalizer = make_normalizer(member_or_null(json, "normalizer"), file);
   parts.pre_tokenizer = make_pre_tokenizer(member_or_null(json, "pre_tokenizer"), file);
   parts.post_processor = make_post_processor(member_or_null(json, "post_processor"), file);
@@ -211,14 +173,14 @@ Tokenizer Tokenizer::load(const std::string& model_dir) {
   auto parts = std::make_shared<TokenizerParts>();
   parts->file = model_dir + "/tokenizer.json";
   try {
-    read_parts(*parts, parse_file(parts->file));
+    read_parts(*parts);
   } catch (const nlohmann::json::exception& error) {
     fail(parts->file, ": ", error.what());
   }
   const std::string config_file = model_dir + "/tokenizer_config.json";
   if (std::ifstream(config_file)) {
-    const Json config = parse_file(config_file);
-    CHECK(config.is_object(), config_file, ": expected a JSON object");
+    const Json config = Json::parse(read_text_file(config_file), nullptr, false);
+    CHECK(config.is_object(), config_file, ": broken JSON, expected an object");
     parts->bos_id = named_token(*parts, config, "bos_token", config_file);
     parts->eos_id = named_token(*parts, config, "eos_token", config_file);
   }
@@ -232,7 +194,7 @@ Encoding Tokenizer::encode(std::string_view text, bool add_special_tokens) const
   if (parts_->pre_tokenizer) parts_->pre_tokenizer->apply(pieces);
   std::vector<PlacedToken> tokens = tokenize_pieces(*parts_, pieces);
   if (parts_->post_processor) {
-    parts_->post_processor->apply(tokens, text.size(), add_special_tokens);
+    parts_->post_processor->apply(tokens, text, add_special_tokens);
   }
   Encoding out;
   out.ids.reserve(tokens.size());

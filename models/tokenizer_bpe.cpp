@@ -2,7 +2,6 @@
 // the lowest rank merges until none is left; of equal ranks the leftmost first.
 #include <algorithm>
 #include <bit>
-#include <charconv>
 #include <queue>
 
 #include "models/tokenizer_parts.h"
@@ -13,9 +12,9 @@ namespace {
 
 // Below this many symbols a plain scan for the lowest rank beats a heap.
 constexpr size_t kShortWord = 48;
+constexpr size_t kLongWord = 32;  // bytes
 constexpr size_t kLongestCachedWord = 256;
 constexpr size_t kCachedWords = 1 << 16;
-constexpr int64_t kMaxId = 1 << 24;  // an id beyond is a broken file, and would cost a table
 
 std::string byte_token(int byte) {
   constexpr char kHex[] = "0123456789ABCDEF";
@@ -24,7 +23,7 @@ std::string byte_token(int byte) {
 
 }  // namespace
 
-Bpe::Bpe(const Json& model, const std::string& file) {
+Bpe::Bpe(const Json& model, ModelTables tables, const std::string& file) {
   const auto refuse = [&](const char* key) {
     const auto it = model.find(key);
     const bool absent = it == model.end() || it->is_null() || (it->is_string() && *it == "");
@@ -39,65 +38,47 @@ Bpe::Bpe(const Json& model, const std::string& file) {
   fuse_unk_ = json_bool(model, "fuse_unk", false, file);
   byte_fallback_ = json_bool(model, "byte_fallback", false, file);
   ignore_merges_ = json_bool(model, "ignore_merges", false, file);
-  read_vocab(json_member(model, "vocab", file), file);
-  read_merges(json_member(model, "merges", file), file);
+  read_vocab(tables, file);
   if (const auto unk = model.find("unk_token"); unk != model.end() && !unk->is_null()) {
     unk_ = token_to_id(json_string(model, "unk_token", file));
     CHECK(unk_, file, ": model: unk_token ", unk->dump(), " is not in the vocabulary");
   }
+  // Not where a whole word may be a token, nor where characters vanish, which shifts offsets.
+  cuts_long_words_ = unk_ && !ignore_merges_;
+  read_merges(tables, file);
 }
 
-void Bpe::read_vocab(const Json& vocab, const std::string& file) {
-  CHECK(vocab.is_object(), file, ": model: vocab must be an object from token to id");
-  int64_t largest = -1;
-  for (const auto& [token, id] : vocab.items()) {
-    CHECK(id.is_number_unsigned() && id.get<uint64_t>() < uint64_t(kMaxId), file,
-          ": model: vocab: token '", token, "' has the id ", id.dump(),
-          ", expected an integer from 0 to ", kMaxId - 1);
-    largest = std::max(largest, id.get<int64_t>());
-  }
+void Bpe::read_vocab(ModelTables& tables, const std::string& file) {
+  CHECK(tables.has_vocab, file, ": model: vocab is missing, expected an object from token to id");
+  int32_t largest = -1;
+  for (const auto& [token, id] : tables.vocab) largest = std::max(largest, id);
   tokens_.resize(size_t(largest + 1));
-  ids_.reserve(vocab.size());
+  ids_.reserve(tables.vocab.size());
   character_ids_.assign(65536, -1);
-  for (const auto& [token, id] : vocab.items()) {
-    const int32_t number = id.get<int32_t>();
-    CHECK(tokens_[size_t(number)].empty(), file, ": model: vocab: tokens '", token, "' and '",
-          tokens_[size_t(number)], "' have the same id ", number);
-    tokens_[size_t(number)] = token;
-    if (token.empty()) continue;
-    ids_.emplace(tokens_[size_t(number)], number);
+  for (auto& [token, id] : tables.vocab) {
+    std::string& place = tokens_[size_t(id)];
+    CHECK(place.empty(), file, ": model: vocab: tokens '", token, "' and '", place,
+          "' have the same id ", id);
+    place = std::move(token);
+    if (place.empty()) continue;
+    ids_.emplace(place, id);
     size_t length = 0;
-    const uint32_t code_point = text::decode_at(token, 0, &length);
-    if (length == token.size() && code_point < 65536) character_ids_[code_point] = number;
+    const uint32_t code_point = text::decode_at(place, 0, &length);
+    if (length == place.size() && code_point < 65536) character_ids_[code_point] = id;
   }
   for (int byte = 0; byte < 256; ++byte) {
     byte_ids_[size_t(byte)] = token_to_id(byte_token(byte)).value_or(-1);
   }
 }
 
-void Bpe::read_merges(const Json& merges, const std::string& file) {
-  CHECK(merges.is_array(), file, ": model: merges must be an array");
-  const size_t slots = std::bit_ceil(std::max<size_t>(16, merges.size() * 2));
+void Bpe::read_merges(const ModelTables& tables, const std::string& file) {
+  CHECK(tables.has_merges, file, ": model: merges is missing, expected an array");
+  const size_t slots = std::bit_ceil(std::max<size_t>(16, tables.merges.size() * 2));
   merges_.assign(slots, Merge{kNoPair, 0, 0});
   merges_shift_ = 64 - std::countr_zero(slots);
   std::string merged;
-  for (size_t rank = 0; rank < merges.size(); ++rank) {
-    const Json& merge = merges[rank];
-    std::string_view left, right;
-    if (merge.is_string()) {
-      const std::string_view line = merge.get_ref<const std::string&>();
-      const size_t space = line.find(' ');
-      const bool one_space = space != line.npos && line.find(' ', space + 1) == line.npos;
-      CHECK(one_space, file, ": model: merge ", rank, " is ", merge.dump(),
-            ", expected two tokens with a space between them");
-      left = line.substr(0, space);
-      right = line.substr(space + 1);
-    } else {
-      CHECK(merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string(),
-            file, ": model: merge ", rank, " is ", merge.dump(), ", expected a pair of tokens");
-      left = merge[0].get_ref<const std::string&>();
-      right = merge[1].get_ref<const std::string&>();
-    }
+  int32_t rank = 0;
+  for (const auto& [left, right] : tables.merges) {
     merged.assign(left).append(right);
     const auto left_id = token_to_id(left), right_id = token_to_id(right);
     const auto merged_id = token_to_id(merged);
@@ -105,10 +86,13 @@ void Bpe::read_merges(const Json& merges, const std::string& file) {
           "' of '", left, "' and '", right, "', but '",
           !left_id    ? left
           : !right_id ? right
-                      : std::string_view(merged),
+                      : merged,
           "' is not in the vocabulary");
-    insert_merge(uint64_t(uint32_t(*left_id)) << 32 | uint32_t(*right_id), int32_t(rank),
-                 *merged_id);
+    insert_merge(uint64_t(uint32_t(*left_id)) << 32 | uint32_t(*right_id), rank++, *merged_id);
+    if (!cuts_long_words_) continue;
+    size_t length = 0;
+    const uint32_t last = text::decode_at(left, text::previous(left, left.size()), &length);
+    bridges_.insert(uint64_t(last) << 32 | text::decode_at(right, 0, &length));
   }
 }
 
@@ -141,6 +125,12 @@ const std::string* Bpe::id_to_token(int64_t id) const {
   return &tokens_[size_t(id)];
 }
 
+// -1 if the character is no token.
+int32_t Bpe::character_id(uint32_t code_point, std::string_view bytes) const {
+  if (code_point < 65536) return character_ids_[code_point];
+  return token_to_id(bytes).value_or(-1);
+}
+
 // A character that is no token becomes its bytes if all of them are tokens, else the unknown token;
 // without one it vanishes. The order is the library's: an unknown token waits for the next
 // character that is known, so it comes after the bytes that follow it.
@@ -149,12 +139,7 @@ void Bpe::split_to_symbols(std::vector<Symbol>& out, std::string_view word) cons
   size_t length = 0;
   for (size_t at = 0; at < word.size(); at += length) {
     const uint32_t code_point = text::decode_at(word, at, &length);
-    int32_t id = -1;
-    if (code_point < 65536) {
-      id = character_ids_[code_point];
-    } else {
-      id = token_to_id(word.substr(at, length)).value_or(-1);
-    }
+    const int32_t id = character_id(code_point, word.substr(at, length));
     if (id >= 0) {
       if (unknown > 0) out.push_back({*unk_, unknown});
       unknown = 0;
@@ -264,7 +249,7 @@ void Bpe::merge_word(std::vector<Symbol>& out, std::string_view word) const {
   out.insert(out.end(), symbols.begin(), symbols.end());
 }
 
-void Bpe::tokenize(std::vector<Symbol>& out, std::string_view word, WordCache& cache) const {
+void Bpe::tokenize_part(std::vector<Symbol>& out, std::string_view word, WordCache& cache) const {
   if (const auto it = cache.words.find(word); it != cache.words.end()) {
     out.insert(out.end(), it->second.begin(), it->second.end());
     return;
@@ -279,6 +264,28 @@ void Bpe::tokenize(std::vector<Symbol>& out, std::string_view word, WordCache& c
   if (word.size() > kLongestCachedWord) return;
   if (cache.words.size() >= kCachedWords) cache.words.clear();
   cache.words.emplace(word, std::vector<Symbol>(out.begin() + begin, out.end()));
+}
+
+// Without a pre-tokenizer the whole text is one word; cut, its parts are short and often met
+// before. A cut is safe between two characters of the vocabulary that no merge brings together.
+void Bpe::tokenize(std::vector<Symbol>& out, std::string_view word, WordCache& cache) const {
+  size_t begin = 0;
+  if (cuts_long_words_ && word.size() > kLongWord) {
+    size_t length = 0;
+    uint64_t left = 0;
+    bool left_known = false;
+    for (size_t at = 0; at < word.size(); at += length) {
+      const uint32_t right = text::decode_at(word, at, &length);
+      const bool right_known = character_id(right, word.substr(at, length)) >= 0;
+      if (left_known && right_known && !bridges_.contains(left << 32 | right)) {
+        tokenize_part(out, word.substr(begin, at - begin), cache);
+        begin = at;
+      }
+      left = right;
+      left_known = right_known;
+    }
+  }
+  tokenize_part(out, word.substr(begin), cache);
 }
 
 }  // namespace graft

@@ -11,6 +11,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "models/tokenizer_text.h"
@@ -69,6 +70,19 @@ std::unique_ptr<PreTokenizer> make_pre_tokenizer(const Json& json, const std::st
 const std::array<std::string, 256>& byte_level_alphabet();
 int byte_level_byte(uint32_t code_point);
 
+// The large tables of the file's model, as they stand there.
+struct ModelTables {
+  bool has_vocab = false;
+  bool has_merges = false;
+  std::vector<std::pair<std::string, int32_t>> vocab;
+  std::vector<std::pair<std::string, std::string>> merges;
+};
+inline constexpr int64_t kMaxTokenId = 1 << 24;  // an id beyond is a broken file
+
+// The whole file, with null in place of what went into tables.
+Json parse_tokenizer_json(ModelTables& tables, const std::string& file);
+std::string read_text_file(const std::string& file);
+
 // Byte-pair encoding of one word.
 class Bpe {
  public:
@@ -85,7 +99,7 @@ class Bpe {
     std::unordered_map<std::string, std::vector<Symbol>, Hash, std::equal_to<>> words;
   };
 
-  Bpe(const Json& model, const std::string& file);
+  Bpe(const Json& model, ModelTables tables, const std::string& file);
 
   // Appends to out the symbols of word (valid UTF-8).
   void tokenize(std::vector<Symbol>& out, std::string_view word, WordCache& cache) const;
@@ -103,14 +117,16 @@ class Bpe {
   };
   static constexpr uint64_t kNoPair = ~uint64_t{0};
 
-  void read_vocab(const Json& vocab, const std::string& file);
-  void read_merges(const Json& merges, const std::string& file);
+  void read_vocab(ModelTables& tables, const std::string& file);
+  void read_merges(const ModelTables& tables, const std::string& file);
   void insert_merge(uint64_t pair, int32_t rank, int32_t id);
+  int32_t character_id(uint32_t code_point, std::string_view bytes) const;
   const Merge* find_merge(int32_t left, int32_t right) const;
   void split_to_symbols(std::vector<Symbol>& out, std::string_view word) const;
   void merge_short(std::vector<Symbol>& symbols) const;
   void merge_long(std::vector<Symbol>& symbols) const;
   void merge_word(std::vector<Symbol>& out, std::string_view word) const;
+  void tokenize_part(std::vector<Symbol>& out, std::string_view part, WordCache& cache) const;
 
   std::vector<std::string> tokens_;                    // by id; empty for an id without token
   std::unordered_map<std::string_view, int32_t> ids_;  // views into tokens_
@@ -118,6 +134,10 @@ class Bpe {
   std::array<int32_t, 256> byte_ids_;                  // of <0x00> ...; -1 for none
   std::vector<Merge> merges_;                          // open addressing, a power of two of slots
   int merges_shift_ = 0;
+  // Pairs of characters, left << 32 | right, that some merge brings together. Between others a long
+  // word may be cut without changing its symbols.
+  std::unordered_set<uint64_t> bridges_;
+  bool cuts_long_words_ = false;
   std::optional<int32_t> unk_;
   bool fuse_unk_ = false;
   bool byte_fallback_ = false;
@@ -179,8 +199,9 @@ struct PlacedToken {
 class PostProcessor {
  public:
   virtual ~PostProcessor() = default;
-  // `size` is that of the original text.
-  virtual void apply(std::vector<PlacedToken>& tokens, size_t size, bool add_special) const = 0;
+  // `text` is the original one.
+  virtual void apply(std::vector<PlacedToken>& tokens, std::string_view text,
+                     bool add_special) const = 0;
 };
 std::unique_ptr<PostProcessor> make_post_processor(const Json& json, const std::string& file);
 

@@ -33,12 +33,13 @@ class TemplateProcessing : public PostProcessor {
     CHECK(after, file, ": TemplateProcessing: single lacks sequence A");
   }
 
-  void apply(std::vector<PlacedToken>& tokens, size_t size, bool add_special) const override {
+  void apply(std::vector<PlacedToken>& tokens, std::string_view text,
+             bool add_special) const override {
     if (!add_special) return;
     std::vector<PlacedToken> front;
     for (const int32_t id : prefix_) front.push_back({id, Span{}, {}});
     tokens.insert(tokens.begin(), front.begin(), front.end());
-    const Span end{uint32_t(size), uint32_t(size)};
+    const Span end{uint32_t(text.size()), uint32_t(text.size())};
     for (const int32_t id : suffix_) tokens.push_back({id, end, {}});
   }
 
@@ -65,20 +66,31 @@ size_t trailing_spaces(std::string_view token) {
   return count;
 }
 
+// The start of the next character; the text need not be valid.
+size_t next(std::string_view text, size_t at) {
+  do {
+    ++at;
+  } while (at < text.size() && (uint8_t(text[at]) & 0xC0) == 0x80);
+  return at;
+}
+
 class TrimOffsets : public PostProcessor {
  public:
   explicit TrimOffsets(bool add_prefix_space) : add_prefix_space_(add_prefix_space) {}
 
-  void apply(std::vector<PlacedToken>& tokens, size_t, bool) const override {
+  // A space of the token counts as one character of the text, even where the prefix space, which
+  // has no place of its own, has the range of the first character.
+  void apply(std::vector<PlacedToken>& tokens, std::string_view text, bool) const override {
     for (size_t i = 0; i < tokens.size(); ++i) {
       Span& span = tokens[i].span;
       size_t leading = leading_spaces(tokens[i].text);
-      const size_t trailing = trailing_spaces(tokens[i].text);
-      // The one space of the first token is the prefix, which has no place in the text.
       if ((i == 0 || span.begin == 0) && add_prefix_space_ && leading == 1) leading = 0;
-      span.begin = uint32_t(std::min<size_t>(span.begin + leading, span.end));
-      if (span.end >= trailing) {
-        span.end = uint32_t(std::max<size_t>(span.end - trailing, span.begin));
+      for (; leading > 0 && span.begin < span.end; --leading) {
+        span.begin = std::min(uint32_t(next(text, span.begin)), span.end);
+      }
+      size_t trailing = trailing_spaces(tokens[i].text);
+      for (; trailing > 0 && span.end > span.begin; --trailing) {
+        span.end = std::max(uint32_t(text::previous(text, span.end)), span.begin);
       }
     }
   }
@@ -95,8 +107,9 @@ class PostProcessorSequence : public PostProcessor {
       if (auto step = make_post_processor(json, file)) steps_.push_back(std::move(step));
     }
   }
-  void apply(std::vector<PlacedToken>& tokens, size_t size, bool add_special) const override {
-    for (const auto& step : steps_) step->apply(tokens, size, add_special);
+  void apply(std::vector<PlacedToken>& tokens, std::string_view text,
+             bool add_special) const override {
+    for (const auto& step : steps_) step->apply(tokens, text, add_special);
   }
 
  private:
