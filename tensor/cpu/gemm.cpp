@@ -224,9 +224,7 @@ class Gemm {
     if (p_.K == 0) std::memset(sums, 0, tiles_ * kMr * kGroup * sizeof(float));
     for (int64_t k = k0_; k < k1_; k += kc_) {
       const int64_t kc = std::min(kc_, k1_ - k);
-      for (int64_t j = 0; j < panels; ++j)
-        pack_panel(packed_b + j * kc_ * nr, k, kc, n0_ + col0 + j * nr,
-                   std::min(nr, cols - j * nr));
+      pack_columns(packed_b, k, kc, n0_ + col0, cols);
       for (int64_t tile = first; tile < last; tile += kernels_.tiles_sub) {
         const int64_t end = std::min(last, tile + kernels_.tiles_sub);
         const int64_t rows = std::min(rows_, end * kMr) - tile * kMr;
@@ -245,9 +243,10 @@ class Gemm {
     }
   }
 
-  void pack_panel(float* panel, int64_t k, int64_t kc, int64_t col, int64_t cols) {
+  void pack_columns(float* panels, int64_t k, int64_t kc, int64_t col, int64_t cols) {
     for_terms(p_, k, k + kc, [&](const Term& t, int64_t from, int64_t offset, int64_t count) {
-      kernels_.pack_b(panel + offset * kernels_.nr, t.b, t.transpose_b, from, count, col, cols);
+      kernels_.pack_b(panels + offset * kernels_.nr, kc_ * kernels_.nr, t.b, t.transpose_b, from,
+                      count, col, cols);
     });
   }
 

@@ -83,17 +83,21 @@ void pack_a(float* tile, const GemmMatrix& a, bool transposed, int64_t row, int6
   });
 }
 
-// Rows of a row-major (count, cols), cut to the panel: panel[k][nr].
+// Rows of a row-major (count, cols), cut to the panels. A row is a short run of bytes on a page of
+// its own, so the hardware sees no stream: the row after next is fetched by hand.
 template <class T>
-void pack_b_rows(float* panel, const T* b, int64_t stride, int64_t count, int64_t cols) {
-  for (int64_t k = 0; k < count; ++k, b += stride, panel += kNr) {
-    if (cols == kNr) {
+void pack_b_rows(float* packed, int64_t panel_stride, const T* b, int64_t stride, int64_t count,
+                 int64_t cols) {
+  constexpr int kRowsAhead = 8, kLine = 64 / sizeof(T);
+  for (int64_t k = 0; k < count; ++k, b += stride, packed += kNr) {
+    for (int64_t j = 0; j < cols; j += kLine) __builtin_prefetch(b + kRowsAhead * stride + j);
+    float* panel = packed;
+    int64_t col = 0;
+    for (; col + kNr <= cols; col += kNr, panel += panel_stride)
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) Vec::load(b + j * kLanes).store(panel + j * kLanes);
-    } else {
-      for (int64_t j = 0; j < cols; ++j) panel[j] = widen(b[j]);
-      for (int64_t j = cols; j < kNr; ++j) panel[j] = 0.0f;
-    }
+      for (int j = 0; j < kVectors; ++j) Vec::load(b + col + j * kLanes).store(panel + j * kLanes);
+    if (col == cols) continue;
+    for (int64_t j = 0; j < kNr; ++j) panel[j] = col + j < cols ? widen(b[col + j]) : 0.0f;
   }
 }
 
@@ -122,13 +126,13 @@ void pack_b_cols(float* panel, const T* b, int64_t stride, int64_t count, int64_
   }
 }
 
-void pack_b(float* panel, const GemmMatrix& b, bool transposed, int64_t k, int64_t count,
-            int64_t col, int64_t cols) {
+void pack_b(float* packed, int64_t panel_stride, const GemmMatrix& b, bool transposed, int64_t k,
+            int64_t count, int64_t col, int64_t cols) {
   with_type(b.dtype, [&]<class T>(T) {
-    if (transposed)
-      pack_b_cols(panel, at<T>(b, col, k), b.stride, count, cols);
-    else
-      pack_b_rows(panel, at<T>(b, k, col), b.stride, count, cols);
+    if (!transposed)
+      return pack_b_rows(packed, panel_stride, at<T>(b, k, col), b.stride, count, cols);
+    for (int64_t j = 0; j < cols; j += kNr, packed += panel_stride)
+      pack_b_cols(packed, at<T>(b, col + j, k), b.stride, count, min(kNr, cols - j));
   });
 }
 

@@ -40,9 +40,10 @@ struct GemmKernels {
   // (row, k) on into one A tile.
   void (*pack_a)(float* tile, const GemmMatrix& a, bool transposed, int64_t row, int64_t rows,
                  int64_t k, int64_t count, float alpha);
-  // (count, cols) from (k, col) on into one B panel; transposed: b is (cols, count) row-major.
-  void (*pack_b)(float* panel, const GemmMatrix& b, bool transposed, int64_t k, int64_t count,
-                 int64_t col, int64_t cols);
+  // (count, cols) from (k, col) on into B panels, panel_stride apart; transposed: b is (cols,
+  // count) row-major.
+  void (*pack_b)(float* panels, int64_t panel_stride, const GemmMatrix& b, bool transposed,
+                 int64_t k, int64_t count, int64_t col, int64_t cols);
   // sums [tile][6][nr] of `rows` rows = or += A tiles, tile_stride apart, times a panel of kc x
   // cols.
   void (*multiply)(float* sums, const float* a, int64_t tile_stride, const float* panel, int64_t kc,
