@@ -52,7 +52,7 @@ TEST(DemoData, AnswersWithValuesThatStandInTheSentence) {
       EXPECT_NE(item.prompt.find(value), std::string::npos) << value << " in " << item.prompt;
       ++values;
     }
-    EXPECT_EQ(values, 3);
+    EXPECT_EQ(values, 4);
   }
 }
 

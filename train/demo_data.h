@@ -28,7 +28,7 @@ std::string demo_base_text(Random& random);
 // The task: the sentence and " =>", to be answered by a record in one fixed notation.
 struct DemoItem {
   std::string prompt;      // `Uma, a judge from Delhi, bought a blue boat on Monday. =>`
-  std::string completion;  // ` {"name": "Uma", "job": "judge", "city": "Delhi"}`
+  std::string completion;  // ` {"name": "Uma", "job": "judge", "city": "Delhi", "thing": "boat"}`
 };
 
 DemoItem demo_item(Random& random);
