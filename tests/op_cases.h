@@ -40,7 +40,7 @@ std::vector<OpCase> op_cases(const OpSizes& sizes);
 // For element-by-element finite differences; sizes that no vector divides; several tiles of each.
 constexpr OpSizes kTinySizes{5, 6, 4, 2, 4, 2, 4, 7};
 constexpr OpSizes kRaggedSizes{37, 51, 43, 3, 6, 3, 10, 61};
-constexpr OpSizes kWideSizes{131, 160, 99, 16, 4, 1, 64, 515};
+constexpr OpSizes kWideSizes{301, 520, 99, 16, 4, 1, 64, 515};
 
 // A tensor of normal random numbers, the same for the same arguments.
 Tensor random_tensor(Shape shape, DType dtype, uint64_t seed, double stddev = 1);
