@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "cuda/cuda_backend.h"
 #include "tensor/backend.h"
 #include "tensor/random.h"
 #include "tests/op_cases.h"
@@ -228,6 +229,25 @@ TEST(Dropout, RowsAreNumberedThroughTheStep) {
   const std::vector<double> whole = mask_of({.seed = 7, .first_row = 100}, 0.5);
   const std::vector<double> second = mask_of({.seed = 7, .first_row = 132}, 0.5);
   EXPECT_TRUE(std::equal(whole.begin() + 32 * 64, whole.end(), second.begin()));
+}
+
+TEST(Backend, IsChosenByDeviceAndDtype) {
+  EXPECT_EQ(&backend_of(zeros({2})), &reference_backend());  // CPU F64
+  EXPECT_EQ(&backend_of(Tensor::zeros({2}, DType::F32)), &cpu_backend());
+  EXPECT_EQ(&backend_of(Tensor::empty({2}, DType::F64, Device::Meta)), &meta_backend());
+  {
+    const UseReferenceBackend outer;
+    { const UseReferenceBackend inner; }
+    EXPECT_EQ(&backend_of(Device::CPU), &reference_backend());
+  }
+  EXPECT_EQ(&backend_of(Device::CPU), &cpu_backend());
+}
+
+TEST(Backend, OfABuildWithoutCudaSaysSo) {
+  std::string reason;
+  if (cuda_available(&reason)) GTEST_SKIP() << "this build has CUDA";
+  EXPECT_NE(reason, "");
+  EXPECT_THROW(backend_of(Device::CUDA), Error);
 }
 
 // Known answers of Random123 (kat_vectors, philox4x32-10).
