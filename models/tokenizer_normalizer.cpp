@@ -3,6 +3,7 @@
 #include <utf8proc.h>
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "models/tokenizer_parts.h"
 #include "tensor/check.h"
@@ -43,6 +44,38 @@ void rewrite(AlignedText& text, const std::vector<Change>& changes) {
     out.append(bytes, span);
   }
   text = std::move(out);
+}
+
+// The reference library normalises by the tables of Unicode 9 and takes what came later for
+// ordinary characters. So that ids agree, these are ordinary here too: combining marks ...
+constexpr Span kNewerMarks[] = {
+    {0x7FD, 0x7FD},     {0x898, 0x89F},     {0x8CA, 0x8D3},     {0x9FE, 0x9FE},
+    {0xC3C, 0xC3C},     {0xD3B, 0xD3C},     {0xEBA, 0xEBA},     {0x1715, 0x1715},
+    {0x1ABF, 0x1ACE},   {0x1DF6, 0x1DFA},   {0xA82C, 0xA82C},   {0x10D24, 0x10D27},
+    {0x10EAB, 0x10EAC}, {0x10EFD, 0x10EFF}, {0x10F46, 0x10F50}, {0x10F82, 0x10F85},
+    {0x11070, 0x11070}, {0x1133B, 0x1133B}, {0x1145E, 0x1145E}, {0x11839, 0x1183A},
+    {0x1193D, 0x1193E}, {0x11943, 0x11943}, {0x119E0, 0x119E0}, {0x11A34, 0x11A34},
+    {0x11A47, 0x11A47}, {0x11A99, 0x11A99}, {0x11D42, 0x11D42}, {0x11D44, 0x11D45},
+    {0x11D97, 0x11D97}, {0x11F41, 0x11F42}, {0x16FF0, 0x16FF1}, {0x1E08F, 0x1E08F},
+    {0x1E130, 0x1E136}, {0x1E2AE, 0x1E2AE}, {0x1E2EC, 0x1E2EF}, {0x1E4EC, 0x1E4EF}};
+// ... and characters with a decomposition.
+constexpr Span kNewerDecompositions[] = {{0x32FF, 0x32FF},   {0xA7F2, 0xA7F4},   {0xAB69, 0xAB69},
+                                         {0x10781, 0x10785}, {0x10787, 0x107B0}, {0x107B2, 0x107BA},
+                                         {0x11938, 0x11938}, {0x1E030, 0x1E06D}, {0x1F16C, 0x1F16C},
+                                         {0x1FBF0, 0x1FBF9}};
+
+// Whether code_point is in one of the sorted ranges (both ends belong to a range).
+template <size_t n>
+bool contains(const Span (&ranges)[n], uint32_t code_point) {
+  const auto range = std::lower_bound(
+      ranges, ranges + n, code_point,
+      [](const Span& candidate, uint32_t wanted) { return candidate.end < wanted; });
+  return range != ranges + n && code_point >= range->begin;
+}
+
+int combining_class(uint32_t code_point) {
+  const int known = utf8proc_get_property(utf8proc_int32_t(code_point))->combining_class;
+  return known != 0 && contains(kNewerMarks, code_point) ? 0 : known;
 }
 
 // NFC, NFD, NFKC, NFKD.
@@ -92,15 +125,21 @@ class UnicodeForm : public Normalizer {
       utf8proc_int32_t parts[32];
       int boundary = 0;
       const int options = UTF8PROC_DECOMPOSE | (compatible_ ? UTF8PROC_COMPAT : 0);
+      if (contains(kNewerDecompositions, code_point)) {
+        put_in_order();
+        unordered = out.size() + 1;
+        out.push_back({code_point, 0, 0});
+        continue;
+      }
       const auto count = utf8proc_decompose_char(utf8proc_int32_t(code_point), parts, 32,
                                                  utf8proc_option_t(options), &boundary);
       for (utf8proc_ssize_t i = 0; i < count; ++i) {
-        const int combining_class = utf8proc_get_property(parts[i])->combining_class;
-        if (combining_class == 0) {
+        const int klass = combining_class(uint32_t(parts[i]));
+        if (klass == 0) {
           put_in_order();
           unordered = out.size() + 1;
         }
-        out.push_back({uint32_t(parts[i]), i > 0, combining_class});
+        out.push_back({uint32_t(parts[i]), i > 0, klass});
       }
     }
     put_in_order();
@@ -112,7 +151,8 @@ class UnicodeForm : public Normalizer {
     utf8proc_int32_t pair[2] = {utf8proc_int32_t(first), utf8proc_int32_t(second)};
     const auto count =
         utf8proc_normalize_utf32(pair, 2, utf8proc_option_t(UTF8PROC_COMPOSE | UTF8PROC_STABLE));
-    return count == 1 ? uint32_t(pair[0]) : 0;
+    if (count != 1 || contains(kNewerDecompositions, uint32_t(pair[0]))) return 0;
+    return uint32_t(pair[0]);
   }
 
   // A mark is merged into the last starter unless one of its own or a higher class lies between.

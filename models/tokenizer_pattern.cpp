@@ -9,10 +9,12 @@
 namespace graft {
 namespace {
 
-// PCRE2's \s has U+180E, which is no White_Space; its \w lacks marks and connectors.
+// PCRE2's \s has U+180E, which is no White_Space; its \w lacks marks, connectors and more.
 constexpr std::string_view kSpaces =
     R"(\x09-\x0d\x20\x85\xa0\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
-constexpr std::string_view kWords = R"(\p{L}\p{M}\p{Nd}\p{Pc})";
+constexpr std::string_view kWords =
+    R"(\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\xb2\xb3\xb9\xbc-\xbe\x{24b6}-\x{24e9})"
+    R"(\x{1f130}-\x{1f149}\x{1f150}-\x{1f169}\x{1f170}-\x{1f189})";
 
 std::string bracketed(std::string_view open, std::string_view members) {
   return std::string(open).append(members) + "]";
