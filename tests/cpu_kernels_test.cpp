@@ -404,6 +404,12 @@ TEST(CpuAttention, AgreesWithReferenceOnPackedDocumentsOfAllLengths) {
                     {6, 3, 16, {1, 5, 96, 97, 2, 192, 33}, {1, 5, 96, 97, 2, 192, 33}});
 }
 
+// So few heads that the backward cuts their queries into segments.
+TEST(CpuAttention, AgreesWithReferenceForOneHeadOfALongDocument) {
+  compare_attention("one head", {1, 1, 32, {900}, {900}});
+  compare_attention("two heads", {2, 1, 16, {500, 20}, {500, 20}});
+}
+
 TEST(CpuAttention, AgreesWithReferenceForGroupsOfSeven) {
   compare_attention("groups", {14, 2, 64, {150, 60}, {150, 60}});
 }

@@ -7,6 +7,7 @@
 //             a group, in order, afterwards;
 //   decoding  (few queries in every document) a piece is a query, a key head and a chunk of keys.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -18,7 +19,8 @@ namespace graft {
 
 namespace {
 
-constexpr int64_t kDecodeQueries = 4;  // documents with no more are decoded
+constexpr int64_t kDecodeQueries = 4;    // documents with no more are decoded
+constexpr int64_t kBackwardPieces = 16;  // heads of documents are cut into segments up to so many
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -79,6 +81,18 @@ void pack(const CpuKernels& kernels, Tensor& panels, Tensor& rows, const Tensor&
                            head_at(x, d.k_begin + begin, head), token_stride(x), x.dtype(),
                            std::min(kKeys, d.keys - begin), head_dim);
   });
+}
+
+// How many segments of queries the backward cuts a head of a document into: by the shapes alone.
+int64_t backward_segments(int64_t documents, int64_t heads, int64_t most_queries) {
+  const int64_t tiles = round_up(most_queries, kAttentionTile) / kAttentionTile;
+  return std::max<int64_t>(
+      1, std::min(tiles, kBackwardPieces / std::max<int64_t>(1, documents * heads)));
+}
+
+// First tile of a segment. Work grows with the square of the queries, so the borders lie at roots.
+int64_t segment_begin(int64_t tiles, int64_t segment, int64_t segments) {
+  return std::llround(double(tiles) * std::sqrt(double(segment) / double(segments)));
 }
 
 void check_inputs(const char* op, const Tensor& q, const Tensor& k) {
@@ -182,18 +196,22 @@ void CpuBackend::attention_backward(Tensor& dq, Tensor& dk, Tensor& dv, const Te
   Tensor none, k_rows = scratch(kv_heads * batch.packed_keys, padded);
   pack(kernels_, k_panels, k_rows, k, batch);
   pack(kernels_, v_panels, none, v, batch);
-  Tensor head_dk = scratch(heads * tokens, padded), head_dv = scratch(heads * tokens, padded);
+  const int64_t segments = backward_segments(documents, heads, batch.most_queries);
+  Tensor head_dk = scratch(segments * heads * tokens, padded);
+  Tensor head_dv = scratch(segments * heads * tokens, padded);
 
-  thread_pool().run(documents * heads, [&](int64_t piece, int) {
-    const Document& d = batch.documents[size_t(piece / heads)];
-    const int64_t head = piece % heads;
+  thread_pool().run(documents * heads * segments, [&](int64_t piece, int) {
+    const Document& d = batch.documents[size_t(piece / segments / heads)];
+    const int64_t head = piece / segments % heads, segment = piece % segments;
+    const int64_t tiles = round_up(d.queries, kAttentionTile) / kAttentionTile;
     const int64_t at = head / group * batch.packed_keys + d.packed_begin;
     AttentionTile tile{};
     tile.k_panels = k_panels.data<float>() + at * head_dim;
     tile.v_panels = v_panels.data<float>() + at * head_dim;
     tile.k_rows = k_rows.data<float>() + at * padded;
-    tile.dk = head_dk.data<float>() + (head * tokens + d.k_begin) * padded;
-    tile.dv = head_dv.data<float>() + (head * tokens + d.k_begin) * padded;
+    const int64_t sums = ((segment * heads + head) * tokens + d.k_begin) * padded;
+    tile.dk = head_dk.data<float>() + sums;
+    tile.dv = head_dv.data<float>() + sums;
     tile.q_stride = token_stride(q);
     tile.dout_stride = token_stride(dout);
     tile.out_saved_stride = token_stride(out);
@@ -204,8 +222,9 @@ void CpuBackend::attention_backward(Tensor& dq, Tensor& dk, Tensor& dv, const Te
     tile.scale = float(scale);
     std::memset(tile.dk, 0, size_t(d.keys * padded) * sizeof(float));
     std::memset(tile.dv, 0, size_t(d.keys * padded) * sizeof(float));
-    for (int64_t begin = 0; begin < d.queries; begin += kAttentionTile) {
-      const int64_t token = d.q_begin + begin;
+    const int64_t last_tile = segment_begin(tiles, segment + 1, segments);
+    for (int64_t t = segment_begin(tiles, segment, segments); t < last_tile; ++t) {
+      const int64_t begin = t * kAttentionTile, token = d.q_begin + begin;
       tile.q = head_at(q, token, head);
       tile.dout = head_at(dout, token, head);
       tile.out_saved = head_at(out, token, head);
@@ -226,8 +245,10 @@ void CpuBackend::attention_backward(Tensor& dq, Tensor& dk, Tensor& dv, const Te
     for (int64_t t = begin; t < std::min(tokens, begin + kTokens); ++t) {
       float* sum =
           (values ? head_dv : head_dk).data<float>() + (kv_head * group * tokens + t) * padded;
-      for (int64_t g = 1; g < group; ++g)
-        kernels_.axpy(sum, DType::F32, sum + g * tokens * padded, DType::F32, 1.0f, head_dim);
+      for (int64_t s = 0; s < segments; ++s)
+        for (int64_t g = s == 0 ? 1 : 0; g < group; ++g)
+          kernels_.axpy(sum, DType::F32, sum + (s * heads + g) * tokens * padded, DType::F32, 1.0f,
+                        head_dim);
       kernels_.copy(head_at(to, t, kv_head), to.dtype(), sum, DType::F32, head_dim);
     }
   });
@@ -236,7 +257,8 @@ void CpuBackend::attention_backward(Tensor& dq, Tensor& dk, Tensor& dv, const Te
 int64_t cpu_kernel_scratch_bytes(int64_t num_tokens, int64_t heads, int64_t kv_heads,
                                  int64_t head_dim, bool backward) {
   const int64_t packed = num_tokens * kv_heads * head_dim * (backward ? 3 : 2);
-  return int64_t(sizeof(float)) * (packed + (backward ? 2 * num_tokens * heads * head_dim : 0));
+  const int64_t sums = backward_segments(1, heads, num_tokens) * 2 * num_tokens * heads * head_dim;
+  return int64_t(sizeof(float)) * (packed + (backward ? sums : 0));
 }
 
 }  // namespace graft
