@@ -95,6 +95,26 @@ int64_t segment_begin(int64_t tiles, int64_t segment, int64_t segments) {
   return std::llround(double(tiles) * std::sqrt(double(segment) / double(segments)));
 }
 
+// dx (Tk, kv_heads, D) = the sum over segments and over the heads of a group, in this order, of
+// parts (segments * heads * Tk, padded), whose first part serves as the accumulator.
+void sum_heads(const CpuKernels& kernels, Tensor& dx, const Tensor& parts, int64_t segments,
+               int64_t heads) {
+  constexpr int64_t kTokens = 32;
+  const int64_t tokens = dx.size(0), kv_heads = dx.size(1), head_dim = dx.size(2);
+  const int64_t group = heads / kv_heads, padded = parts.cols();
+  thread_pool().run(kv_heads * round_up(tokens, kTokens) / kTokens, [&](int64_t piece, int) {
+    const int64_t kv_head = piece % kv_heads, begin = piece / kv_heads * kTokens;
+    for (int64_t t = begin; t < std::min(tokens, begin + kTokens); ++t) {
+      float* sum = parts.data<float>() + (kv_head * group * tokens + t) * padded;
+      for (int64_t s = 0; s < segments; ++s)
+        for (int64_t g = s == 0 ? 1 : 0; g < group; ++g)
+          kernels.axpy(sum, DType::F32, sum + (s * heads + g) * tokens * padded, DType::F32, 1.0f,
+                       head_dim);
+      kernels.copy(head_at(dx, t, kv_head), dx.dtype(), sum, DType::F32, head_dim);
+    }
+  });
+}
+
 void check_inputs(const char* op, const Tensor& q, const Tensor& k) {
   CHECK(q.dtype() == DType::F32 || q.dtype() == DType::BF16, op,
         ": the CPU kernel takes F32 or BF16, got ", dtype_name(q.dtype()));
@@ -235,23 +255,8 @@ void CpuBackend::attention_backward(Tensor& dq, Tensor& dk, Tensor& dv, const Te
       kernels_.attention_backward(tile);
     }
   });
-
-  constexpr int64_t kTokens = 32;
-  const int64_t pieces = round_up(tokens, kTokens) / kTokens;
-  thread_pool().run(2 * kv_heads * pieces, [&](int64_t piece, int) {
-    const bool values = piece % 2;
-    Tensor& to = values ? dv : dk;
-    const int64_t kv_head = piece / 2 % kv_heads, begin = piece / 2 / kv_heads * kTokens;
-    for (int64_t t = begin; t < std::min(tokens, begin + kTokens); ++t) {
-      float* sum =
-          (values ? head_dv : head_dk).data<float>() + (kv_head * group * tokens + t) * padded;
-      for (int64_t s = 0; s < segments; ++s)
-        for (int64_t g = s == 0 ? 1 : 0; g < group; ++g)
-          kernels_.axpy(sum, DType::F32, sum + (s * heads + g) * tokens * padded, DType::F32, 1.0f,
-                        head_dim);
-      kernels_.copy(head_at(to, t, kv_head), to.dtype(), sum, DType::F32, head_dim);
-    }
-  });
+  sum_heads(kernels_, dk, head_dk, segments, heads);
+  sum_heads(kernels_, dv, head_dv, segments, heads);
 }
 
 int64_t cpu_kernel_scratch_bytes(int64_t num_tokens, int64_t heads, int64_t kv_heads,
