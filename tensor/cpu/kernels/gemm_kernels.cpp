@@ -320,12 +320,12 @@ void dot(float* sums, int64_t sums_stride, const float* x, int64_t m, const Gemm
 
 }  // namespace
 
-// The sizes: a panel of kc x nr and the A tile beside it fit the L1 cache with nr = 16 and the L2
-// with nr = 64; tiles_sub tiles of kc take half of an L2 of 512 KiB.
+// The sizes: kc x nr, a panel, and the A tile beside it fill the L1 cache with nr = 16 and a part
+// of the L2 with nr = 64; tiles_sub tiles of kc take less than half of an L2 of 512 KiB.
 extern const GemmKernels gemm_kernels = {
     kNr,
-    kLanes == 16 ? 512 : 256,
-    kLanes == 16 ? 128 : 40,
+    kLanes == 16 ? 512 : 384,
+    kLanes == 16 ? 128 : 24,
     pack_a,
     pack_b,
     multiply,
