@@ -219,13 +219,13 @@ cxxopts::Options flag_parser() {
                                                       {Group::Engine, "Engine"}};
   cxxopts::Options parser("graft train",
                           "Fine-tunes a model; every key of a config is a flag too.");
-  parser.custom_help("[config.yaml] [flags]").positional_help("");
+  parser.custom_help("[config.yaml] [flags]").positional_help("").set_width(100);
   const TrainOptions defaults;
   for (const OptionKey& key : option_keys()) {
     const std::string value = key.write(defaults).dump();
     std::string help = key.help + (key.help.empty() ? "" : "; ") + key.expected;
     if (value != "\"\"" && value != "null" && value != "[]" && value != "{}")
-      help += " (" + value + ")";
+      help += " [" + value + "]";
     parser.add_options(titles.at(key.group))(
         dashed(key.name), help,
         key.form == Form::Boolean ? cxxopts::value<std::string>()->implicit_value("true")

@@ -22,6 +22,11 @@ std::string format(const char* pattern, Values... values) {
   return text;
 }
 
+std::string bytes_text(int64_t bytes) {
+  return bytes < 1000000000 ? format("%.0f MB", double(bytes) / 1e6)
+                            : format("%.2f GB", double(bytes) / 1e9);
+}
+
 }  // namespace
 
 std::string metrics_line(const StepMetrics& m) {
@@ -46,9 +51,10 @@ std::string metrics_line(int64_t step, double epoch, double eval_loss) {
 std::string console_line(const StepMetrics& m) {
   return format(
       "step %lld/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f tok/s | ETA %s | "
-      "peak %.2f GB",
+      "peak %s",
       (long long)m.step, (long long)m.total_steps, m.loss, m.learning_rate, m.grad_norm,
-      m.tokens_per_second, duration(m.seconds_left).c_str(), double(m.peak_memory_bytes) / 1e9);
+      m.tokens_per_second, duration(m.seconds_left).c_str(),
+      bytes_text(m.peak_memory_bytes).c_str());
 }
 
 std::string duration(double seconds) {
