@@ -195,6 +195,13 @@ int64_t bytes_available() {
   return available;
 }
 
+void check_memory(int64_t bytes, DType dtype, const std::string& directory) {
+  const int64_t available = bytes_available();
+  CHECK(bytes <= available, directory, ": not enough memory for the model: in ", dtype_name(dtype),
+        " its weights take ", bytes >> 20, " MiB and ", available >> 20,
+        " MiB are free; the dtype of the file is used in place");
+}
+
 // Gives every parameter of the model its tensor from the checkpoint.
 class Loader : public Visitor {
  public:
@@ -241,10 +248,7 @@ class Loader : public Visitor {
   }
 
   void fill() const {
-    const int64_t available = bytes_available();
-    CHECK(copied_bytes_ <= available, directory_, ": not enough memory for the model: in ",
-          dtype_name(compute_), " its weights take ", copied_bytes_ >> 20, " MiB and ",
-          available >> 20, " MiB are free; the dtype of the file is used in place");
+    check_memory(copied_bytes_, compute_, directory_);
     for (const auto& [stored, value] : planned_) {
       const Tensor tensor = checkpoint_.tensor(stored);
       CHECK(all_finite(tensor), checkpoint_.file_of(stored)->path(), ": tensor '", stored,
@@ -297,7 +301,22 @@ std::unique_ptr<Decoder> load_model(const std::string& directory, std::optional<
   model->visit("", loader);
   loader.check_left_over();
   loader.fill();
+  allocator_of(Device::Meta).release_cached();  // the address space of the placeholders
   return model;
+}
+
+void widen_weights(Decoder& model) {
+  struct Widen : Visitor {
+    DType dtype;
+    void parameter(const std::string&, Variable& value) override {
+      if (value.value().dtype() == dtype) return;
+      Tensor wide = Tensor::empty(value.shape(), dtype, Device::CPU, Scope::Weights);
+      backend_of(wide).copy(wide, value.value());
+      value.set_value(wide);
+    }
+  } widen;
+  widen.dtype = model.compute_dtype();
+  model.visit("", widen);
 }
 
 namespace {

@@ -22,6 +22,11 @@ std::string resolve_model(const std::string& model);
 // or left-over tensor is named.
 std::unique_ptr<Decoder> load_model(const std::string& directory, std::optional<DType> dtype = {});
 
+// Copies weights that are kept in another dtype than the model computes in (a BF16 or F16 file in
+// F32) into that dtype. For full training, where they are to be changed by less than their own
+// dtype can hold.
+void widen_weights(Decoder& model);
+
 // Random weights as transformers' _init_weights draws them: N(0, initializer_range^2), norms 1,
 // biases 0. For full training from nothing, benchmarks and tests. On Device::Meta shapes only.
 std::unique_ptr<Decoder> random_model(const ModelConfig& config, DType dtype, uint64_t seed,

@@ -111,6 +111,48 @@ TEST_F(Weights, OfABF16FileComputeInF32WithTheirExactValues) {
   EXPECT_EQ(model->norm.weight.value().to_doubles(), file.tensor("model.norm.weight").to_doubles());
 }
 
+TEST_F(Weights, AreWidenedForFullTraining) {
+  const auto model = load_model(golden("llama_head_dim"));
+  const std::vector<double> before = model->norm.weight.value().to_doubles();
+  widen_weights(*model);
+  EXPECT_EQ(model->norm.weight.value().dtype(), DType::F32);
+  EXPECT_EQ(model->norm.weight.value().to_doubles(), before);
+}
+
+// A file of 8.8 TB, all hole: its weights would have to be copied to be rounded.
+TEST_F(Weights, AreRefusedWhereTheirCopyDoesNotFitIntoMemory) {
+  start_from("llama_tied", {{"vocab_size", 2147483647}, {"hidden_size", 1024}, {"head_dim", 8}});
+  const ModelConfig config = ModelConfig::load(directory_.string());
+  struct Header : Visitor {
+    Json json = Json::object();
+    int64_t at = 0;
+    void parameter(const std::string& name, Variable& value) override {
+      Json shape = Json::array();
+      for (int i = 0; i < value.shape().rank(); ++i) shape.push_back(value.shape()[i]);
+      const int64_t end = at + 4 * value.shape().num_elements();
+      json[name] = {{"dtype", "F32"}, {"shape", shape}, {"data_offsets", {at, end}}};
+      at = end;
+    }
+  } header;
+  Decoder(config, DType::F32, Device::Meta).visit("", header);
+  const std::string text = header.json.dump();
+  std::ofstream file(path("model.safetensors"), std::ios::binary);
+  const uint64_t length = text.size();
+  file.write(reinterpret_cast<const char*>(&length), 8) << text;
+  file.close();
+  std::error_code error;
+  fs::resize_file(path("model.safetensors"), 8 + length + uint64_t(header.at), error);
+  if (error) GTEST_SKIP() << "no sparse file of that size here: " << error.message();
+  try {
+    load(DType::BF16);
+    ADD_FAILURE() << "accepted";
+  } catch (const Error& refusal) {
+    EXPECT_NE(std::string(refusal.what()).find("not enough memory for the model"),
+              std::string::npos)
+        << refusal.what();
+  }
+}
+
 TEST_F(Weights, AreTiedUnderEitherNameOrBoth) {
   auto tensors = start_from("llama_tied");
   write(tensors);

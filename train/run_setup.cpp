@@ -140,12 +140,12 @@ std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string&
   } else {
     model = load_model(model_dir, options.dtype);
   }
-  if (!is_full(options)) {
-    if (options.adapter.empty())
-      attach_lora(*model, options.lora, options.seed);
-    else
-      load_start_adapter(*model, options);
-  }
+  if (is_full(options))
+    widen_weights(*model);
+  else if (options.adapter.empty())
+    attach_lora(*model, options.lora, options.seed);
+  else
+    load_start_adapter(*model, options);
   // F16 weights that are used in place have no name among the dtypes to ask for.
   const bool f16 = model->embed_tokens.weight.value().dtype() == DType::F16;
   if (!options.dtype && !f16) options.dtype = model->compute_dtype();
