@@ -22,7 +22,8 @@ struct GenerationConfig {
   uint64_t seed = 0;
 
   // What generation_config.json of a model directory gives; defaults where it, or the file, is
-  // absent (then eos comes from config.json's eos_token_id).
+  // absent (then eos comes from config.json's eos_token_id), but greedy unless the file says
+  // do_sample, as in transformers.
   static GenerationConfig load(const std::string& model_dir);
 };
 
