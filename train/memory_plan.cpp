@@ -46,16 +46,18 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
   const bool full = options.method == TrainOptions::Method::Full;
   const DType dtype = options.dtype.value_or(file_dtype == DType::F16 ? DType::F32 : file_dtype);
   Allocator& meta = allocator_of(Device::Meta);
-  meta.release_cached();
-  const MemoryStats before = meta.stats();
-  meta.reset_peak();
+  const int64_t base_parameters = num_parameters(config);
+  const int64_t live_before = meta.stats().live_total;
 
   auto model = random_model(config, dtype, 0, 0.02, Device::Meta);
-  const int64_t weight_bytes = meta.stats().live_total - before.live_total;
+  const int64_t weight_bytes = meta.stats().live_total - live_before;
+  meta.release_cached();  // what building the weights took for a moment is not part of training
+  const int64_t reserved_before = meta.stats().reserved;
+  meta.reset_peak();
   // Weights are used where the file has them, unless another dtype was asked for or they are
   // trained. F16 is as wide as BF16 on disk and stays as it is.
   const bool in_place = !full && (!options.dtype || *options.dtype == file_dtype);
-  plan.mapped_weights = in_place ? num_parameters(config) * dtype_size(file_dtype) : 0;
+  plan.mapped_weights = in_place ? base_parameters * dtype_size(file_dtype) : 0;
 
   CollectLeaves collect;
   collect.full = full;
@@ -68,7 +70,7 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
       plan.module_parameters.emplace_back(layer.name,
                                           layer.linear->lora->a.value().num_elements() +
                                               layer.linear->lora->b.value().num_elements());
-  plan.all_parameters = num_parameters(config) + (full ? 0 : plan.trainable_parameters);
+  plan.all_parameters = base_parameters + (full ? 0 : plan.trainable_parameters);
 
   ParameterBuffer parameters(collect.leaves, Device::Meta, Scope::Adapters);
   ForwardContext context;
@@ -91,8 +93,8 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
   plan.scratch = stats.peak[int(Scope::Scratch)] + kernel_scratch;
   plan.process = kProcessBytes;
   // Blocks are cached, never given back: what was reserved is what the process holds.
-  plan.anonymous = stats.reserved_peak - before.reserved - weight_bytes + plan.weights +
-                   plan.process + kernel_scratch;
+  plan.anonymous =
+      stats.reserved_peak - reserved_before + plan.weights + plan.process + kernel_scratch;
   return plan;
 }
 
