@@ -183,6 +183,19 @@ TEST_F(Finetune, ResumingWithoutACheckpointStartsAtTheFirstStep) {
   EXPECT_EQ(finetune(o).losses.size(), 8u);
 }
 
+TEST_F(Finetune, AResultWithoutACheckpointIsNotOverwrittenByResuming) {
+  TrainOptions o = options("out");
+  finetune(o);
+  const std::string bytes = read("out/adapter_model.safetensors"), log = read("out/metrics.jsonl");
+  o.resume = true;
+  o.seed = 5;
+  EXPECT_EQ(error(o),
+            "resume: out holds a result (adapter_model.safetensors) but no whole checkpoint; train "
+            "into another output_dir");
+  EXPECT_EQ(read("out/adapter_model.safetensors"), bytes);
+  EXPECT_EQ(read("out/metrics.jsonl"), log);
+}
+
 TEST_F(Finetune, ResumingWithOtherOptionsNamesThem) {
   TrainOptions o = options("out");
   o.save_steps = 4;

@@ -7,9 +7,13 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "autograd/tape.h"
+#include "models/weights.h"
+#include "nn/parameter_buffer.h"
 #include "tensor/safetensors.h"
 #include "tensor/thread_pool.h"
 #include "train/finetune.h"
+#include "train/run_setup.h"
 
 namespace graft {
 namespace {
@@ -208,6 +212,45 @@ TEST_F(Trajectory, AdaptersAreTheSameBytesForOneTwoThreeAndEightThreads) {
       o.threads = threads;
       run(o, data, "n");
       EXPECT_EQ(bytes("n"), bytes("1")) << threads << " threads, " << dtype_name(dtype);
+    }
+  }
+}
+
+// One step at the shape of Qwen2.5-0.5B (two of its layers, random weights), where the products are
+// large enough to be cut in every way that the kernels know.
+TEST_F(Trajectory, OneStepAtTheHalfBillionShapeDoesNotDependOnThreads) {
+  ModelConfig config = ModelConfig::load("bench/models/qwen2.5-0.5b.json");
+  config.num_hidden_layers = 2;
+  for (const DType dtype : {DType::F32, DType::BF16}) {
+    config.vocab_size = 20000;  // the full one takes half a gigabyte and ten seconds
+    auto model = random_model(config, dtype, /*seed=*/3);
+    std::vector<int32_t> ids(200);
+    for (size_t i = 0; i < ids.size(); ++i) ids[i] = int32_t(i * 97 % size_t(config.vocab_size));
+    const PackedBatch batch =
+        pack({ids, {ids.begin(), ids.begin() + 57}}, {ids, {ids.begin(), ids.begin() + 57}});
+    std::vector<double> one_thread;
+    for (const int threads : {1, 2, 3, 8}) {
+      set_num_threads(threads);
+      LoraConfig lora;
+      lora.init_lora_weights = LoraConfig::Init::Random;
+      for (NamedLinear& layer : linear_layers(*model)) layer.linear->lora.reset();
+      attach_lora(*model, lora, /*seed=*/5);
+      ParameterBuffer parameters(trained_leaves(*model, TrainOptions::Method::Lora), Device::CPU,
+                                 Scope::Adapters);
+      ForwardContext context;
+      context.training = true;
+      context.dropout = {.seed = 1, .step = 1};
+      backward(model->loss(batch, context, 1.0 / 255));
+      parameters.step({.learning_rate = 1e-3,
+                       .beta1 = 0.9,
+                       .beta2 = 0.999,
+                       .epsilon = 1e-8,
+                       .weight_decay = 0.01,
+                       .step = 1},
+                      parameters.grad_norm(), 1.0);
+      const std::vector<double> values = parameters.values().to_doubles();
+      if (threads == 1) one_thread = values;
+      EXPECT_TRUE(values == one_thread) << threads << " threads, " << dtype_name(dtype);
     }
   }
 }

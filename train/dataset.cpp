@@ -167,6 +167,12 @@ int64_t Dataset::num_label_tokens() const {
   return tokens;
 }
 
+int64_t Dataset::longest_row() const {
+  size_t longest = 0;
+  for (const Row& row : rows) longest = std::max(longest, row.ids.size());
+  return int64_t(longest);
+}
+
 uint64_t Dataset::fingerprint() const {
   uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a, a word at a time
   const auto add = [&](uint64_t word) { hash = (hash ^ word) * 0x100000001b3u; };

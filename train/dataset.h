@@ -36,6 +36,7 @@ struct Dataset {
 
   int64_t num_tokens() const;
   int64_t num_label_tokens() const;
+  int64_t longest_row() const;
   uint64_t fingerprint() const;  // of all ids and labels: a resumed run must see the same
   // "1,234 rows, 56,789 tokens (50,000 trained), 3 truncated to 1024, 1 straddling"
   std::string summary(int64_t max_seq_length) const;

@@ -111,7 +111,8 @@ TrainResult Run::train() {
   begin_output();
   if (eval_due(state_.step) && state_.last_eval_step < state_.step) evaluate(state_.step);
 
-  for (int64_t step = first_step_; step <= schedule_.total_steps && !interrupted(); ++step) {
+  bool stopped = interrupted();
+  for (int64_t step = first_step_; step <= schedule_.total_steps && !stopped; ++step) {
     const auto start = Clock::now();
     const StepOutcome outcome = train_step(step);
     const double seconds = seconds_since(start);
@@ -122,16 +123,17 @@ TrainResult Run::train() {
     state_.epoch = loader_.epoch_of(step);
     state_.position = loader_.position_after(step);
     log_step(step, outcome);
-
     if (eval_due(step)) evaluate(step);
-    if (interrupted() || (options_.save_steps > 0 && step % options_.save_steps == 0)) save();
+
+    stopped = interrupted();
+    if (stopped || (options_.save_steps > 0 && step % options_.save_steps == 0)) save();
   }
 
   result_.steps = state_.step;
-  result_.interrupted = interrupted();
+  result_.interrupted = stopped;
   result_.first_eval_loss = state_.first_eval_loss;
   result_.last_eval_loss = state_.last_eval_loss;
-  if (!result_.interrupted) {
+  if (!stopped) {
     save_model(*model_, options_, model_dir_, options_.output_dir);
     report_->line("saved " + options_.output_dir);
   } else if (state_.step > 0) {
@@ -248,6 +250,10 @@ void Run::begin_output() {
       check_same_run(state_, keys, *checkpoint);
       load_optimizer(parameters_, *checkpoint);
     }
+    for (const char* name : {"adapter_model.safetensors", "model.safetensors"})
+      CHECK(checkpoint || !std::filesystem::exists(options_.output_dir + "/" + name),
+            "resume: ", options_.output_dir, " holds a result (", name,
+            ") but no whole checkpoint; train into another output_dir");
     console.line(checkpoint ? concat("resume: going on from ", *checkpoint)
                             : concat("resume: no whole checkpoint in ", options_.output_dir,
                                      ", starting at the first step"));
@@ -271,10 +277,14 @@ TrainResult run(TrainOptions options, TrainData data, const RunControl& control,
                 const std::string& model_dir) {
   if (options.eval_split > 0 && data.eval.rows.empty())
     data.eval = split_off(data.train, options.eval_split, options.seed);
-  check_token_ids(data, ModelConfig::load(model_dir));
+  const ModelConfig config = ModelConfig::load(model_dir);
+  check_token_ids(data, config);
   Report console(control.console, "");
   console.line("train: " + data.train.summary(options.max_seq_length));
   if (!data.eval.rows.empty()) console.line("eval: " + data.eval.summary(options.max_seq_length));
+  if (const int64_t longest = data.train.longest_row(); longest > config.max_position_embeddings)
+    console.line(concat("note: rows of up to ", longest, " tokens, but the model was made for ",
+                        config.max_position_embeddings, " positions; see max_seq_length"));
   return Run(options, data, control, model_dir).train();
 }
 

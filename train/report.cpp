@@ -1,5 +1,6 @@
 #include "train/report.h"
 
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -96,8 +97,10 @@ void Report::step(const StepMetrics& metrics) {
   if (!console_) return;
   const std::string text = console_line(metrics);
   if (terminal_) {
-    std::fprintf(console_, "\r%s\x1b[K",
-                 text.c_str());  // back to the left, clear what is left over
+    // Back to the left, and clear what is left over. A line that wraps could not be overwritten.
+    winsize window{};
+    const bool known = ioctl(fileno(console_), TIOCGWINSZ, &window) == 0 && window.ws_col > 1;
+    std::fprintf(console_, "\r%.*s\x1b[K", known ? window.ws_col - 1 : 1000, text.c_str());
     line_open_ = true;
   } else {
     std::fprintf(console_, "%s\n", text.c_str());
