@@ -6,7 +6,12 @@
 namespace graft {
 namespace {
 constexpr int64_t kAlign = 16;  // elements: 64 bytes
+
+// As transformers' Trainer has it: biases and norms are spared.
+bool has_weight_decay(const std::string& name) {
+  return name.find("bias") == std::string::npos && name.find("norm") == std::string::npos;
 }
+}  // namespace
 
 ParameterBuffer::ParameterBuffer(std::vector<std::pair<std::string, Variable>> leaves,
                                  Device device, Scope scope) {
@@ -44,7 +49,20 @@ double ParameterBuffer::grad_norm() const {
 void ParameterBuffer::step(const AdamWStep& adamw, double grad_norm, double max_grad_norm) {
   // torch.nn.utils.clip_grad_norm_: the 1e-6 is theirs.
   const double scale = max_grad_norm > 0 ? std::min(1.0, max_grad_norm / (grad_norm + 1e-6)) : 1.0;
-  backend_of(values_).adamw(values_, m_, v_, gradients_, scale, adamw);
+  for (size_t first = 0, last; first < entries_.size(); first = last) {
+    const bool decays = has_weight_decay(entries_[first].name);
+    AdamWStep run = adamw;
+    if (!decays) run.weight_decay = 0;
+    last = first + 1;
+    while (last < entries_.size() &&
+           (adamw.weight_decay == 0 || has_weight_decay(entries_[last].name) == decays))
+      ++last;
+    const int64_t begin = entries_[first].offset;
+    const int64_t end = last < entries_.size() ? entries_[last].offset : num_elements();
+    Tensor values = values_.slice_rows(begin, end), m = m_.slice_rows(begin, end),
+           v = v_.slice_rows(begin, end);
+    backend_of(values).adamw(values, m, v, gradients_.slice_rows(begin, end), scale, run);
+  }
   publish();
 }
 

@@ -30,7 +30,8 @@ class ParameterBuffer {
   void zero_grad();
   double grad_norm() const;  // L2 over all gradients
   // Clips to max_grad_norm (0: no clipping) with torch's clip_grad_norm_ rule, then AdamW.
-  // grad_norm is what grad_norm() gave.
+  // grad_norm is what grad_norm() gave. Weight decay spares parameters with "bias" or "norm" in
+  // their name, as the transformers Trainer does.
   void step(const AdamWStep& adamw, double grad_norm, double max_grad_norm);
 
   // Flat F32 tensors, for checkpoints.

@@ -7,6 +7,7 @@
 #include "models/adapter.h"
 #include "models/weights.h"
 #include "tensor/allocator.h"
+#include "tensor/safetensors.h"
 #include "tests/tiny_run.h"
 
 namespace graft {
@@ -267,6 +268,28 @@ TEST_F(Finetune, AllWeightsFromRandomOnesGiveAModelDirectory) {
   again.learning_rate = 0;
   again.lora.lora_dropout = 0;
   EXPECT_LT(finetune(again).losses.front(), 0.8 * result.losses.front());
+}
+
+// transformers.Trainer.get_decay_parameter_names. A decay of 1 / learning_rate sets what it acts on
+// to zero before AdamW's own step of at most learning_rate.
+TEST_F(Finetune, WeightDecaySparesNorms) {
+  TrainOptions o = options("out");
+  o.method = TrainOptions::Method::Full;
+  o.lr_scheduler_type = Schedule::Type::Constant;
+  o.max_steps = 1;
+  o.weight_decay = 1 / o.learning_rate;
+  finetune(o);
+  auto largest = [&](const std::string& name) {
+    double most = 0;
+    const SafetensorsFile file(path("out/model.safetensors"));
+    for (double x : file.tensor(name).to_doubles()) most = std::max(most, std::abs(x));
+    return most;
+  };
+  EXPECT_LE(largest("model.layers.0.mlp.up_proj.weight"), 1.01 * o.learning_rate);
+  EXPECT_LE(largest("model.embed_tokens.weight"), 1.01 * o.learning_rate);
+  EXPECT_GT(largest("model.layers.0.input_layernorm.weight"), 0.5);
+  EXPECT_GT(largest("model.layers.0.self_attn.q_norm.weight"), 0.5);
+  EXPECT_GT(largest("model.norm.weight"), 0.5);
 }
 
 TEST_F(Finetune, AskTheSystemForNoMemoryAfterTheFirstStep) {
