@@ -170,7 +170,7 @@ TEST_F(DatasetFiles, ARowWithoutATrainedTokenIsAnErrorThatSaysWhatToDo) {
             "a.jsonl:1: no token of this row is trained once it is cut from 8 to max_seq_length 6 "
             "tokens; raise max_seq_length or shorten the prompt");
   EXPECT_EQ(error({write("a.jsonl", "{\"text\": \"\"}")}),
-            "a.jsonl:1: no token of this row is trained: it has 1 tokens; give it text or remove "
+            "a.jsonl:1: no token of this row is trained: it has 1 token; give it text or remove "
             "it");
 }
 

@@ -62,8 +62,8 @@ void finish_row(Dataset& dataset, Row row, int64_t max_seq_length, const std::st
         learned_before
             ? concat(" once it is cut from ", length, " to max_seq_length ", max_seq_length,
                      " tokens; raise max_seq_length or shorten the prompt")
-            : std::string(": it has ") + std::to_string(length) +
-                  " tokens; give it text or remove it");
+            : concat(": it has ", length, length == 1 ? " token" : " tokens",
+                     "; give it text or remove it"));
   dataset.rows.push_back(std::move(row));
 }
 
