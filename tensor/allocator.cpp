@@ -107,10 +107,10 @@ void* Allocator::allocate(int64_t bytes, Scope scope) {
     stats_.reserved_peak = std::max(stats_.reserved_peak, stats_.reserved);
     ++stats_.system_calls;
   }
-  const int64_t got = block_bytes_[pointer];
+  // Counted as asked for, not as found: totals must not depend on what happened to be cached.
   const int i = int(scope);
-  stats_.live[i] += got;
-  stats_.live_total += got;
+  stats_.live[i] += size;
+  stats_.live_total += size;
   stats_.peak[i] = std::max(stats_.peak[i], stats_.live[i]);
   stats_.peak_total = std::max(stats_.peak_total, stats_.live_total);
   return pointer;
@@ -121,8 +121,8 @@ void Allocator::free(void* pointer, int64_t bytes, Scope scope) {
   const auto found = block_bytes_.find(pointer);
   CHECK(found != block_bytes_.end() && found->second >= bytes,
         "free: not a block of this allocator");
-  stats_.live[int(scope)] -= found->second;
-  stats_.live_total -= found->second;
+  stats_.live[int(scope)] -= block_size(bytes);
+  stats_.live_total -= block_size(bytes);
   cached_.emplace(found->second, pointer);
 }
 
