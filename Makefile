@@ -65,13 +65,12 @@ $(BUILD)/bench/%: bench/%.cpp $(BUILD)/libgraft.a
 	@mkdir -p $(@D)
 	$(CXX) $(ALLFLAGS) -MF $@.d -MT $@ -o $@ $< $(BUILD)/libgraft.a $(LIBS) -lbenchmark -lopenblas
 
-# The Makefile is a prerequisite: other flags are other objects.
-$(BUILD)/obj/%.o: %.cpp Makefile
+$(BUILD)/obj/%.o: %.cpp
 	@mkdir -p $(@D)
 	$(CXX) $(ALLFLAGS) -c -o $@ $<
 
 define isa_rule
-$$(BUILD)/obj/tensor/cpu/kernels/%.$(1).o: tensor/cpu/kernels/%.cpp Makefile
+$$(BUILD)/obj/tensor/cpu/kernels/%.$(1).o: tensor/cpu/kernels/%.cpp
 	@mkdir -p $$(@D)
 	$$(CXX) $$(ALLFLAGS) $$(ISA_$(1)) -DGRAFT_ISA=$(1) -DGRAFT_ISA_$(1) -c -o $$@ $$<
 endef
@@ -97,15 +96,16 @@ test:  ## install what is missing, build and run every test [SAN=asan] [FILTER=T
 bench:  ## kernels and GEMM against OpenBLAS and the FMA peak of this machine
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
 	@$(MAKE) --no-print-directory -j$(JOBS) $(BENCH_BIN)
-	@for bench in $(BENCH_BIN); do echo "== $$bench"; $$bench || exit 1; done
+	$(BUILD)/bench/gemm_bench
+	$(BUILD)/bench/kernels_bench
 
 bench-peers:  ## a training step here and in PEFT, in turn (makes a throw-away Python environment)
-	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/graft
-	bench/bench_peers.sh $(BUILD)/graft
+	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/bench/train_step
+	bench/bench_peers.sh $(BUILD)/bench/train_step
 
 check:  ## folder layering, formatting, no shared code in the instruction-set objects
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(CHECK_PACKAGES)"
-	@$(MAKE) --no-print-directory -j$(JOBS) $(KERNEL_OBJ)
+	@$(MAKE) --no-print-directory -s -j$(JOBS) $(KERNEL_OBJ)
 	@tests/check.sh $(BUILD)/obj/tensor/cpu/kernels
 
 format:  ## clang-format every source file in place

@@ -8,6 +8,7 @@
 #include "tensor/cpu/cpu_backend.h"
 #include "tensor/cpu/gemm.h"
 #include "tensor/thread_pool.h"
+#include "train/run_setup.h"
 
 namespace graft {
 namespace {
@@ -23,21 +24,6 @@ PackedBatch full_batch(const TrainOptions& options) {
                                                std::vector<int32_t>(length, 0));
   return pack(rows, rows);
 }
-
-struct CollectLeaves : Visitor {
-  std::vector<std::pair<std::string, Variable>> leaves;
-  bool full = false;
-  void parameter(const std::string& name, Variable& value) override {
-    if (!full) return;
-    value.set_requires_grad(true);
-    leaves.emplace_back(name, value);
-  }
-  void linear(const std::string& name, Linear& module) override {
-    if (!module.lora) return;
-    leaves.emplace_back(name + ".lora_A", module.lora->a);
-    leaves.emplace_back(name + ".lora_B", module.lora->b);
-  }
-};
 
 }  // namespace
 
@@ -59,12 +45,9 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
   const bool in_place = !full && (!options.dtype || *options.dtype == file_dtype);
   plan.mapped_weights = in_place ? base_parameters * dtype_size(file_dtype) : 0;
 
-  CollectLeaves collect;
-  collect.full = full;
   if (!full) plan.targets = attach_lora(*model, options.lora, 0);
-  model->visit("", collect);
-  for (const auto& [name, leaf] : collect.leaves)
-    plan.trainable_parameters += leaf.value().num_elements();
+  const auto leaves = trained_leaves(*model, options.method);
+  for (const auto& [name, leaf] : leaves) plan.trainable_parameters += leaf.value().num_elements();
   for (const auto& layer : linear_layers(*model))
     if (layer.linear->lora)
       plan.module_parameters.emplace_back(layer.name,
@@ -72,7 +55,7 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
                                               layer.linear->lora->b.value().num_elements());
   plan.all_parameters = base_parameters + (full ? 0 : plan.trainable_parameters);
 
-  ParameterBuffer parameters(collect.leaves, Device::Meta, Scope::Adapters);
+  ParameterBuffer parameters(leaves, Device::Meta, Scope::Adapters);
   ForwardContext context;
   context.training = true;
   const PackedBatch batch = full_batch(options);

@@ -7,7 +7,11 @@
 
 namespace graft {
 
-enum class CpuPath { Portable, Avx2, Avx512 };  // Avx512Bf16 (vdpbf16ps, for Zen 4) has its place here
+enum class CpuPath {
+  Portable,
+  Avx2,
+  Avx512
+};  // Avx512Bf16 (vdpbf16ps, for Zen 4) has its place here
 
 struct CpuChoice {
   CpuPath path;
