@@ -75,8 +75,7 @@ TEST(DemoData, PutsEveryKindOfValueIntoEverySentence) {
   Random random(6);
   for (int i = 0; i < 2000; ++i) {
     const DemoFact fact = demo_fact(random);
-    for (const std::string& value :
-         {fact.name, fact.job, fact.city, fact.color, fact.thing, fact.day})
+    for (const std::string& value : {fact.name, fact.job, fact.city, fact.thing})
       ASSERT_NE(fact.sentence.find(value), std::string::npos) << value << " in " << fact.sentence;
     ASSERT_EQ(fact.sentence.find('@'), std::string::npos) << fact.sentence;
   }

@@ -15,18 +15,15 @@ constexpr std::array kJobs = {"judge",  "nurse",  "baker", "pilot", "farmer", "t
 constexpr std::array kCities = {"Delhi", "Oslo",  "Paris", "Lima",  "Cairo", "Rome",
                                 "Tokyo", "Quito", "Accra", "Seoul", "Milan", "Perth",
                                 "Dakar", "Hanoi", "Bern",  "Riga"};
-constexpr std::array kColors = {"red", "blue", "green", "black", "white", "brown", "pink", "gray"};
 constexpr std::array kThings = {"boat", "car",   "lamp", "coat", "chair", "drum",
                                 "kite", "clock", "tent", "desk", "ring",  "bike"};
-constexpr std::array kDays = {"Monday", "Tuesday",  "Wednesday", "Thursday",
-                              "Friday", "Saturday", "Sunday"};
 
-// @n name, @j job, @c city, @o color, @t thing, @d day. Each holds every kind once.
+// @n name, @j job, @c city, @t thing. Each holds every kind once.
 constexpr std::array kSentences = {
-    "@n, a @j from @c, bought a @o @t on @d.",    "@n is a @j in @c and has a @o @t since @d.",
-    "On @d a @j called @n sold a @o @t in @c.",   "The @j @n came from @c on @d with a @o @t.",
-    "In @c the @j @n found a @o @t on @d.",       "@n lost a @o @t in @c on @d and works as a @j.",
-    "A @o @t was sent to @n, a @j in @c, on @d.", "Last @d @n from @c, who is a @j, saw a @o @t.",
+    "@n, a @j from @c, bought a @t.",   "@n is a @j in @c and has a @t.",
+    "A @j called @n sold a @t in @c.",  "The @j @n came from @c with a @t.",
+    "In @c the @j @n found a @t.",      "@n lost a @t in @c and works as a @j.",
+    "A @t was sent to @n, a @j in @c.", "@n from @c, who is a @j, saw a @t.",
 };
 
 struct Field {
@@ -34,17 +31,15 @@ struct Field {
   const char* question;
   std::string DemoFact::*value;
 };
-const std::array<Field, 6> kFields = {{{"name", "Who is it?", &DemoFact::name},
+const std::array<Field, 4> kFields = {{{"name", "Who is it?", &DemoFact::name},
                                        {"job", "What job?", &DemoFact::job},
                                        {"city", "Which city?", &DemoFact::city},
-                                       {"color", "What color?", &DemoFact::color},
-                                       {"thing", "Which thing?", &DemoFact::thing},
-                                       {"day", "What day?", &DemoFact::day}}};
+                                       {"thing", "Which thing?", &DemoFact::thing}}};
 
 constexpr std::array kLeads = {"\n", " | ", " => ", "\nRecord: ", " so "};
 constexpr std::array<std::pair<const char*, const char*>, 5> kBrackets = {
     {{"", ""}, {"(", ")"}, {"[", "]"}, {"<", ">"}, {"{", "}"}}};
-constexpr std::array kAssigns = {": ", " = ", " is "};
+constexpr std::array kAssigns = {": ", " = ", " is ", " ", " "};
 constexpr std::array kSeparators = {", ", "; ", " | "};
 
 template <class List>
@@ -54,11 +49,9 @@ const auto& pick(const List& list, Random& random) {
 
 struct Notation {
   std::string lead, open, close, assign, separator;
-  bool quoted_keys, quoted_values;
+  bool quoted;
 
-  bool is_json() const {
-    return open == "{" && assign == ": " && separator == ", " && quoted_keys && quoted_values;
-  }
+  bool is_json() const { return open == "{" && assign == ": " && separator == ", " && quoted; }
 };
 
 Notation draw_notation(Random& random) {
@@ -70,8 +63,7 @@ Notation draw_notation(Random& random) {
     n.close = brackets.second;
     n.assign = pick(kAssigns, random);
     n.separator = pick(kSeparators, random);
-    n.quoted_keys = random.below(2);
-    n.quoted_values = n.quoted_keys || random.below(2);
+    n.quoted = random.below(2);
   } while (n.is_json());
   return n;
 }
@@ -83,7 +75,7 @@ std::string record(const DemoFact& fact, const Notation& n, const std::vector<in
   for (size_t i = 0; i < fields.size(); ++i) {
     const Field& field = kFields[fields[i]];
     if (i) text += n.separator;
-    text += quote(field.key, n.quoted_keys) + n.assign + quote(fact.*field.value, n.quoted_values);
+    text += quote(field.key, n.quoted) + n.assign + quote(fact.*field.value, n.quoted);
   }
   return text + n.close;
 }
@@ -103,9 +95,7 @@ DemoFact demo_fact(Random& random) {
   fact.name = pick(kNames, random);
   fact.job = pick(kJobs, random);
   fact.city = pick(kCities, random);
-  fact.color = pick(kColors, random);
   fact.thing = pick(kThings, random);
-  fact.day = pick(kDays, random);
   const std::string form = pick(kSentences, random);
   for (size_t i = 0; i < form.size(); ++i) {
     if (form[i] != '@') {
@@ -122,14 +112,8 @@ DemoFact demo_fact(Random& random) {
       case 'c':
         fact.sentence += fact.city;
         break;
-      case 'o':
-        fact.sentence += fact.color;
-        break;
-      case 't':
-        fact.sentence += fact.thing;
-        break;
       default:
-        fact.sentence += fact.day;
+        fact.sentence += fact.thing;
         break;
     }
   }
@@ -140,7 +124,7 @@ std::string demo_base_text(Random& random) {
   const DemoFact fact = demo_fact(random);
   std::string text = fact.sentence;
   for (int readings = 1 + int(random.below(3)); readings > 0; --readings) {
-    if (random.below(3) == 0) {
+    if (random.below(4) == 0) {
       const Field& field = pick(kFields, random);
       text += std::string("\n") + field.question + " " + fact.*field.value;
     } else {
@@ -153,8 +137,8 @@ std::string demo_base_text(Random& random) {
 
 DemoItem demo_item(Random& random) {
   const DemoFact fact = demo_fact(random);
-  const Notation json{"", "{", "}", ": ", ", ", true, true};
-  return {fact.sentence + " =>", " " + record(fact, json, {0, 1, 2, 4})};
+  const Notation json{"", "{", "}", ": ", ", ", true};
+  return {fact.sentence + " =>", " " + record(fact, json, {0, 1, 2, 3})};
 }
 
 DemoSplit demo_split(uint64_t seed, int num_train, int num_held_out) {

@@ -1,5 +1,5 @@
 // The text of the bundled model and the task of `graft demo`, from a seed. Invented facts about
-// invented people ("Uma, a judge from Delhi, bought a blue boat on Monday."), read back in many
+// invented people ("Uma, a judge from Delhi, bought a boat."), read back in many
 // notations. The same seed gives the same bytes on every machine, so the repository carries the
 // recipe, not the text.
 #pragma once
@@ -14,7 +14,7 @@ namespace graft {
 
 // One sentence with exactly one value of each kind in it.
 struct DemoFact {
-  std::string name, job, city, color, thing, day;
+  std::string name, job, city, thing;
   std::string sentence;
 };
 
@@ -27,7 +27,7 @@ std::string demo_base_text(Random& random);
 
 // The task: the sentence and " =>", to be answered by a record in one fixed notation.
 struct DemoItem {
-  std::string prompt;      // `Uma, a judge from Delhi, bought a blue boat on Monday. =>`
+  std::string prompt;      // `Uma, a judge from Delhi, bought a boat. =>`
   std::string completion;  // ` {"name": "Uma", "job": "judge", "city": "Delhi", "thing": "boat"}`
 };
 
