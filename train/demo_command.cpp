@@ -222,12 +222,14 @@ int demo_command(int argc, char** argv) {
       "work-dir", "where data and adapter go",
       cxxopts::value<std::string>()->default_value("build/demo"))(
       "threads", "0: all", cxxopts::value<int64_t>()->default_value("0"))(
-      "rebuild-base", "train the base model again, from random weights")("help", "this text");
+      "rebuild-base", "train the base model again, from random weights")("h,help", "this text");
   const auto parsed = flags.parse(argc, argv);
   if (parsed.count("help")) {
     std::printf("%s", flags.help().c_str());
     return 0;
   }
+  if (!parsed.unmatched().empty())
+    throw UsageError("demo: got '" + parsed.unmatched().front() + "', expected flags alone");
   const DemoOptions demo{parsed["model"].as<std::string>(), parsed["work-dir"].as<std::string>(),
                          parsed["seed"].as<uint64_t>(), parsed["threads"].as<int64_t>()};
   return parsed.count("rebuild-base") ? rebuild_base(demo) : run_demo(demo);

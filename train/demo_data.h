@@ -1,7 +1,7 @@
 // The text of the bundled model and the task of `graft demo`, from a seed. Invented facts about
-// invented people ("Uma, a judge from Delhi, bought a boat."), read back in many
-// notations. The same seed gives the same bytes on every machine, so the repository carries the
-// recipe, not the text.
+// invented people ("Uma, a judge from Delhi, bought a boat."), read back in many notations. The
+// same seed gives the same bytes on every machine, so the repository carries the recipe, not the
+// text.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,8 @@ DemoFact demo_fact(Random& random);
 
 // One document of what the base model is trained on: a fact, then readings of it: questions with
 // short answers, and records in a notation drawn at random (brackets, quotes, separators, which
-// keys in which order). The notation of the demo task is never drawn, nor its " =>".
+// keys in which order), each led in by " =>" or another sign. The notation of the demo's answers,
+// JSON, is never drawn.
 std::string demo_base_text(Random& random);
 
 // The task: the sentence and " =>", to be answered by a record in one fixed notation.
