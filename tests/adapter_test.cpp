@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -183,6 +184,73 @@ TEST(Adapter, OfAnotherModelIsRefused) {
   auto model = load_model(kGolden + "models/llama_head_dim");
   EXPECT_THROW(load_adapter(*model, kGolden + "adapters/llama_gqa"), Error);
   EXPECT_THROW(load_adapter(*model, kGolden + "adapters/no_such_adapter"), Error);
+}
+
+// The other direction. tests/golden/written holds adapters that graft wrote, with graft's logits;
+// PEFT loaded them and gave the same logits (check_adapter.py; its words are in peft.txt). The test
+// holds graft to these files, byte by byte. GRAFT_WRITE_GOLDEN=1 writes them anew; then run
+// check_adapter.py again.
+struct Written {
+  const char* name;
+  const char* model;
+  LoraConfig config;
+};
+
+std::vector<Written> written() {
+  LoraConfig plain;
+  plain.r = 4;
+  plain.init_lora_weights = LoraConfig::Init::Random;
+  LoraConfig patterns = plain;
+  patterns.use_rslora = true;
+  patterns.rank_pattern = {{"q_proj", 2}};
+  patterns.alpha_pattern = {{"up_proj", 3.5}};
+  patterns.layers_to_transform = {1};
+  LoraConfig all = plain;
+  all.target_modules = {"all-linear"};
+  all.exclude_modules = {"layers.0.mlp.down_proj"};
+  LoraConfig regex = plain;
+  regex.target_modules = {R"(.*\.1\..*(q|v)_proj)"};
+  regex.target_is_regex = true;
+  return {{"plain", "qwen3_tied", plain},
+          {"patterns", "llama_gqa", patterns},
+          {"all_linear", "qwen2_tied", all},
+          {"regex", "llama_gqa", regex}};
+}
+
+std::string read_bytes(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  CHECK(in, path, ": can't be opened");
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+TEST(Adapter, WritesTheFilesThatPeftHasRead) {
+  auto tests = written();
+  for (Written& test : tests) {
+    SCOPED_TRACE(test.name);
+    const std::string fixture = kGolden + "written/" + test.name;
+    const bool write = std::getenv("GRAFT_WRITE_GOLDEN") != nullptr;
+    const ScratchDirectory scratch;
+    const std::string directory = write ? fixture : scratch / "a";
+    auto model = load_model(kGolden + "models/" + test.model);
+    test.config.base_model_name_or_path = kGolden + "models/" + test.model;
+    attach_lora(*model, test.config, 7);
+    save_adapter(*model, test.config, directory);
+    for (const char* file : {"/adapter_config.json", "/adapter_model.safetensors"})
+      EXPECT_EQ(read_bytes(directory + file), read_bytes(fixture + file)) << file;
+    if (write) {
+      Json logits = {{"input_ids", {{5, 17, 80, 3, 44, 9}}}, {"logits", {Json::array()}}};
+      const PackedBatch batch = pack({{5, 17, 80, 3, 44, 9}});
+      const Tensor rows = model->logits(model->forward(batch, {}).value());
+      for (int64_t t = 0; t < rows.size(0); ++t) {
+        const auto row = rows.slice_rows(t, t + 1).to_doubles();
+        logits["logits"][0].push_back(std::vector<float>(row.begin(), row.end()));
+      }
+      std::ofstream(fixture + "/logits.json") << logits.dump();
+      continue;  // peft.txt is check_adapter.py's
+    }
+    EXPECT_LT(logits_error(*model, read_json(fixture + "/logits.json")), 1e-5);
+    EXPECT_NE(read_bytes(fixture + "/peft.txt").find("largest difference"), std::string::npos);
+  }
 }
 
 // PEFT's forward and backward under our own masks: tests/golden/dropout.
