@@ -15,8 +15,9 @@ using Json = nlohmann::json;
 Json read_json_object(const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   std::ostringstream text;
-  CHECK(in && text << in.rdbuf(), path,
-        ": cannot be read: ", errno ? std::strerror(errno) : "it is empty");
+  CHECK(in, path, ": cannot be read: ", std::strerror(errno));
+  text << in.rdbuf();  // fails, too, when there is nothing to copy
+  CHECK(text, path, ": is empty or cannot be read; expected a JSON object");
   Json json;
   try {
     json = Json::parse(text.str());

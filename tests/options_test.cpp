@@ -143,12 +143,13 @@ TEST_F(Options, DoubledKeysAreErrors) {
 TEST_F(Options, WrongTypesAndRangesNameLineGotAndExpected) {
   EXPECT_EQ(error("learning_rate: fast\n"),
             ":1: learning_rate: got 'fast', expected a number from 0 up");
-  EXPECT_EQ(error("seed: 1\nr: 0\n"), ":2: r: got '0', expected an integer from 1 up");
-  EXPECT_EQ(error("r: '16'\n"), ":1: r: got the text '16', expected an integer from 1 up");
-  EXPECT_EQ(error("r: 1.5\n"), ":1: r: got '1.5', expected an integer from 1 up");
-  EXPECT_EQ(error("r:\n"), ":1: r: got nothing, expected an integer from 1 up");
+  EXPECT_EQ(error("seed: 1\nr: 0\n"), ":2: r: got '0', expected an integer from 1 up, below 2^31");
+  EXPECT_EQ(error("r: '16'\n"),
+            ":1: r: got the text '16', expected an integer from 1 up, below 2^31");
+  EXPECT_EQ(error("r: 1.5\n"), ":1: r: got '1.5', expected an integer from 1 up, below 2^31");
+  EXPECT_EQ(error("r:\n"), ":1: r: got nothing, expected an integer from 1 up, below 2^31");
   EXPECT_EQ(error("r: 99999999999999999999\n"),
-            ":1: r: got '99999999999999999999', expected an integer from 1 up");
+            ":1: r: got '99999999999999999999', expected an integer from 1 up, below 2^31");
   EXPECT_EQ(error("lora_dropout: 1\n"),
             ":1: lora_dropout: got '1', expected a number from 0 to below 1");
   EXPECT_EQ(error("warmup_ratio: nan\n"),
@@ -215,7 +216,7 @@ TEST_F(Options, ASingleModuleNameOnTheCommandLineIsAList) {
 TEST_F(Options, WrongFlagsAreUsageErrors) {
   EXPECT_EQ(flag_error({"--learning-rat", "1"}),
             "unknown flag --learning-rat; did you mean --learning-rate?");
-  EXPECT_EQ(flag_error({"--r", "0"}), "--r: got '0', expected an integer from 1 up");
+  EXPECT_EQ(flag_error({"--r", "0"}), "--r: got '0', expected an integer from 1 up, below 2^31");
   EXPECT_EQ(flag_error({"--r", "1", "--r", "2"}), "--r is given twice; leave one of the two");
   EXPECT_EQ(flag_error({"a.yaml", "b.yaml"}),
             "unexpected argument 'b.yaml'; expected one config file and flags");

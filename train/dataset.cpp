@@ -297,10 +297,11 @@ Dataset load_dataset(const std::vector<std::string>& sources, const TextEncoder&
 Dataset split_off(Dataset& train, double eval_split, uint64_t seed) {
   const int64_t rows = int64_t(train.rows.size());
   CHECK(rows >= 2, "eval_split: the data has ", rows, " row; at least 2 are needed");
-  const int64_t wanted = eval_split < 1
-                             ? std::max<int64_t>(1, std::llround(eval_split * double(rows)))
-                             : int64_t(eval_split);
-  CHECK(wanted < rows, "eval_split: ", wanted, " rows are asked for, but the data has ", rows);
+  const double asked =
+      eval_split < 1 ? std::max(1.0, std::round(eval_split * double(rows))) : eval_split;
+  CHECK(asked < double(rows), "eval_split: ", asked, " rows are asked for, but the data has ",
+        rows);
+  const int64_t wanted = int64_t(asked);
 
   std::vector<int64_t> order(static_cast<size_t>(rows));
   std::iota(order.begin(), order.end(), 0);

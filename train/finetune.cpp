@@ -261,7 +261,9 @@ void Run::begin_output() {
   state_.result_keys = keys;
   first_step_ = state_.step + 1;
 
-  std::filesystem::create_directories(options_.output_dir);
+  std::error_code error;
+  std::filesystem::create_directories(options_.output_dir, error);
+  CHECK(!error, "output_dir: ", options_.output_dir, " cannot be created: ", error.message());
   if (options_.resume) truncate_metrics(metrics, checkpoint ? state_.step : -1);
   write_file_atomically(options_.output_dir + "/train_config.yaml", resolved_yaml(options_));
   report_ = std::make_unique<Report>(control_.console, metrics);

@@ -147,8 +147,9 @@ int run(const cxxopts::ParseResult& args) {
   std::string prompt = args["prompt"].as<std::string>();
   if (prompt == "-")
     prompt.assign(std::istreambuf_iterator<char>(std::cin), std::istreambuf_iterator<char>());
+  CHECK(!std::ferror(stdin), "generate: standard input cannot be read");
   const std::vector<int32_t> ids = tokenizer.encode(prompt).ids;
-  CHECK(!ids.empty(), "generate: the prompt has no tokens");
+  CHECK(!ids.empty(), "generate: the prompt has no tokens; expected text in --prompt");
 
   const auto model = load_model(directory, dtype);
   if (!adapter.empty()) load_adapter(*model, adapter);
@@ -186,7 +187,9 @@ int generate_command(int argc, char** argv) {
     std::printf("%s\n", options.help().c_str());
     return 0;
   } catch (const cxxopts::exceptions::exception& error) {
-    throw UsageError(concat("generate: ", error.what(), "; see graft generate --help"));
+    const std::string hint = unknown_flag_hint(options.help(), {words.begin() + 1, words.end()});
+    throw UsageError(
+        concat("generate: ", hint.empty() ? error.what() : hint, "; see graft generate --help"));
   }
 }
 

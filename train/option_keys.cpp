@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cstdint>
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 namespace graft {
 namespace {
@@ -115,10 +118,15 @@ Row row(Group group, Form form, std::string name, At of, std::string expected, s
 
 template <class At>
 Row integer(Group group, std::string name, At of, int64_t min, std::string help) {
-  return row(group, Form::Scalar, std::move(name), of, concat("an integer from ", min, " up"),
-             std::move(help), [of, min](TrainOptions& o, const YAML::Node& node) {
-               std::decay_t<decltype(of(o))> value;
+  // Counts are multiplied with each other: below 2^31 that fits. The seed may be any word.
+  using Value = std::decay_t<decltype(of(std::declval<TrainOptions&>()))>;
+  constexpr bool count = std::is_signed_v<Value>;
+  return row(group, Form::Scalar, std::move(name), of,
+             concat("an integer from ", min, " up", count ? ", below 2^31" : ""), std::move(help),
+             [of, min](TrainOptions& o, const YAML::Node& node) {
+               Value value;
                if (!read_number(value, node) || std::cmp_less(value, min)) return false;
+               if (count && std::cmp_greater(value, INT32_MAX)) return false;
                of(o) = value;
                return true;
              });
@@ -135,6 +143,7 @@ struct Interval {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr Interval kNotNegative = {"a number from 0 up", 0, kInfinity};
 constexpr Interval kPositive = {"a number above 0", 0, kInfinity, true};
+constexpr Interval kEpochs = {"a number above 0, at most 1e6", 0, 1e6, true};
 constexpr Interval kShare = {"a number from 0 to 1", 0, 1};
 constexpr Interval kBelowOne = {"a number from 0 to below 1", 0, 1, false, true};
 
@@ -247,7 +256,7 @@ std::vector<Row> optimizer_rows() {
   return {
       number(g, "learning_rate", at(&O::learning_rate), kNotNegative,
              "the highest of the schedule"),
-      number(g, "num_epochs", at(&O::num_epochs), kPositive, "passes over the data")
+      number(g, "num_epochs", at(&O::num_epochs), kEpochs, "passes over the data")
           .alias("num_train_epochs"),
       integer(g, "max_steps", at(&O::max_steps), -1,
               "optimizer steps; where above 0 it overrides num_epochs"),

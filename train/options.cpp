@@ -69,7 +69,10 @@ class ConfigFile {
     CHECK(fs::exists(path_), path_, ": no such file; expected a YAML file of training options");
     CHECK(!fs::is_directory(path_), path_, ": is a directory; expected a YAML file");
     try {
-      return YAML::LoadFile(path_);
+      std::vector<YAML::Node> documents = YAML::LoadAllFromFile(path_);
+      CHECK(documents.size() <= 1, path_, ": holds ", documents.size(),
+            " YAML documents; expected one");
+      return documents.empty() ? YAML::Node() : documents.front();
     } catch (const YAML::ParserException& error) {
       fail(path_, ":", error.mark.line + 1, ": not YAML: ", error.msg);
     } catch (const YAML::Exception& error) {
@@ -300,6 +303,24 @@ std::string nearest_option_name(const std::string& unknown) {
       }
     }
   return nearest;
+}
+
+std::string unknown_flag_hint(const std::string& help, const std::vector<std::string>& args) {
+  std::set<std::string> flags;
+  for (size_t at = help.find("--"); at != std::string::npos; at = help.find("--", at + 2)) {
+    const size_t end = help.find_first_not_of("abcdefghijklmnopqrstuvwxyz-", at);
+    if (end != at + 2) flags.insert(help.substr(at, end - at));
+  }
+  for (const std::string& arg : args) {
+    const std::string flag = arg.substr(0, arg.find('='));
+    if (flag.rfind("--", 0) != 0 || flag.size() == 2 || flags.contains(flag)) continue;
+    const auto nearer = [&](const std::string& a, const std::string& b) {
+      return edit_distance(flag, a) < edit_distance(flag, b);
+    };
+    return concat("unknown flag ", flag, "; did you mean ",
+                  *std::min_element(flags.begin(), flags.end(), nearer), "?");
+  }
+  return "";
 }
 
 void read_config_file(TrainOptions& options, const std::string& path) {

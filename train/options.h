@@ -91,7 +91,13 @@ std::string resolved_yaml(const TrainOptions& options);
 // The keys that the result depends on, with their values as text. A resumed run must agree in all.
 std::vector<std::pair<std::string, std::string>> result_keys(const TrainOptions& options);
 
-std::string train_flags_help();  // one line per key, with its default
+std::string train_flags_help();
+
+// "unknown flag --idz; did you mean --ids?" for the first of args that is no flag in this help
+// text; empty where there is none.
+std::string unknown_flag_hint(
+    const std::string& help,
+    const std::vector<std::string>& args);  // one line per key, with its default
 
 // Threw a command line that cannot be understood: main() says it in one line and exits with 2.
 struct UsageError : Error {

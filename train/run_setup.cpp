@@ -1,6 +1,10 @@
 #include "train/run_setup.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -95,7 +99,19 @@ void save_model_config(const std::string& model_dir, DType dtype, const std::str
 
 void check_output_dir(const TrainOptions& options) {
   const fs::path folder = options.output_dir;
-  if (!fs::exists(folder)) return;
+  std::error_code error;
+  const bool exists = fs::exists(folder, error);
+  CHECK(!error, "output_dir: ", options.output_dir, " cannot be used: ", error.message());
+  // What creates it and writes into it comes after minutes of loading; say now what would fail.
+  fs::path nearest = fs::absolute(folder);
+  while (!fs::exists(nearest, error) && nearest.has_relative_path())
+    nearest = nearest.parent_path();
+  CHECK(access(nearest.c_str(), W_OK | X_OK) == 0 || !fs::is_directory(nearest),
+        "output_dir: ", options.output_dir, " cannot be written: ", nearest.string(), ": ",
+        std::strerror(errno));
+  CHECK(exists || fs::is_directory(nearest), "output_dir: ", options.output_dir,
+        " cannot be created: ", nearest.string(), " is not a directory");
+  if (!exists) return;
   CHECK(fs::is_directory(folder), "output_dir: ", options.output_dir, " is not a directory");
   if (options.resume) return;
   for (const auto& entry : fs::directory_iterator(folder)) {

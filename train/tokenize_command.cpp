@@ -7,6 +7,7 @@
 #include "models/tokenizer.h"
 #include "tensor/check.h"
 #include "train/commands.h"
+#include "train/options.h"
 
 namespace graft {
 namespace {
@@ -75,6 +76,7 @@ int tokenize_command(int argc, char** argv) {
     std::string text = args["text"].as<std::string>();
     if (text == "-") {
       text.assign(std::istreambuf_iterator<char>(std::cin), std::istreambuf_iterator<char>());
+      CHECK(!std::ferror(stdin), "tokenize: standard input cannot be read");
     }
     const Tokenizer tokenizer = Tokenizer::load(args["model"].as<std::string>());
     const Encoding encoding = tokenizer.encode(text, !args.count("no-special-tokens"));
@@ -84,7 +86,9 @@ int tokenize_command(int argc, char** argv) {
       print_tokens(tokenizer, encoding);
     }
   } catch (const cxxopts::exceptions::exception& error) {
-    fail("tokenize: ", error.what(), "; see graft tokenize --help");
+    const std::string hint = unknown_flag_hint(options.help(), {argv + 1, argv + argc});
+    throw UsageError(
+        concat("tokenize: ", hint.empty() ? error.what() : hint, "; see graft tokenize --help"));
   }
   return 0;
 }
