@@ -3,11 +3,10 @@
 
 #include <cmath>
 #include <filesystem>
-#include <fstream>
-#include <nlohmann/json.hpp>
 #include <set>
 
 #include "models/adapter_config.h"
+#include "models/json_file.h"
 #include "tensor/backend.h"
 #include "tensor/safetensors.h"
 
@@ -75,15 +74,9 @@ std::vector<std::string> short_names(const std::vector<NamedLinear>& layers) {
 
 LoraConfig load_adapter_config(const std::string& directory) {
   const std::string path = (fs::path(directory) / kConfigFile).string();
-  std::ifstream in(path);
-  CHECK(in, path, ": can't be opened; expected the directory of a PEFT adapter");
-  nlohmann::json json;
-  try {
-    json = nlohmann::json::parse(in);
-  } catch (const nlohmann::json::exception& error) {
-    fail(path, ": not JSON: ", error.what());
-  }
-  return parse_adapter_config(json, path);
+  CHECK(fs::is_directory(directory), directory,
+        ": not a directory; expected that of a PEFT adapter");
+  return parse_adapter_config(read_json_object(path), path);
 }
 
 LoraConfig load_adapter(Decoder& model, const std::string& directory) {
