@@ -124,8 +124,8 @@ class Reader {
     inside_ = Inside::nothing;
     return true;
   }
-  bool parse_error(size_t, const std::string&, const nlohmann::json::exception& error) {
-    fail(file_, ": broken JSON: ", error.what());
+  bool parse_error(size_t position, const std::string&, const nlohmann::json::exception&) {
+    fail(file_, ": not JSON: syntax error at byte ", position);
   }
 
  private:
