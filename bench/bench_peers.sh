@@ -2,6 +2,7 @@
 # make bench-peers: the same training step in graft and in PEFT, in turn, several rounds in one run, medians.
 # Qwen2.5-0.5B's shape, random weights, LoRA r 16 on the seven projections, no dropout.
 #   ROUNDS=3 STEPS=3 THREADS=0 COMPILE=0   COMPILE=1 adds torch.compile, two minutes to its first step
+#   CASES="float32:512 bfloat16:512 bfloat16:2048"   SETTINGS="default tuned"   KEEP=1 adds to the last run's log
 #   PEERS_PYTHON=path/to/python             an environment that has torch, transformers and peft; else one is made
 set -eu
 step=$1
@@ -25,7 +26,8 @@ for dtype in float32 bfloat16; do
 done
 
 log=$work/results.jsonl
-: >"$log"
+[ "${KEEP:-0}" = 1 ] || : >"$log"
+settings=${SETTINGS:-default tuned}
 run() { echo "  $*" >&2; "$@" 2>>"$work/errors.log" | tail -n 1 | tee -a "$log" >&2; }
 tuned() {  # glibc told to keep memory instead of giving it back: the fastest setting of eager PyTorch on the CPU
   echo "  tuned malloc: $*" >&2
@@ -34,13 +36,13 @@ tuned() {  # glibc told to keep memory instead of giving it back: the fastest se
 }
 for round in $(seq "$rounds"); do
   echo "round $round of $rounds" >&2
-  for case in "float32 512" "bfloat16 512" "bfloat16 2048"; do
-    set -- $case
-    common="--dtype $1 --seq $2 --steps $steps --threads $threads"
-    run "$step" "$work/$1" $common
-    run "$python" bench/peft_step.py "$work/$1" $common
-    tuned "$python" bench/peft_step.py "$work/$1" $common
-    if [ "${COMPILE:-0}" = 1 ]; then tuned "$python" bench/peft_step.py "$work/$1" $common --compile; fi
+  for case in ${CASES:-float32:512 bfloat16:512 bfloat16:2048}; do
+    dtype=${case%:*}
+    common="$work/$dtype --dtype $dtype --seq ${case#*:} --steps $steps --threads $threads"
+    run "$step" $common
+    case " $settings " in *" default "*) run "$python" bench/peft_step.py $common ;; esac
+    case " $settings " in *" tuned "*) tuned "$python" bench/peft_step.py $common ;; esac
+    if [ "${COMPILE:-0}" = 1 ]; then tuned "$python" bench/peft_step.py $common --compile; fi
   done
 done
 "$python" bench/peers_table.py "$log" | tee "$work/table.md"
