@@ -86,7 +86,9 @@ demo: ## install what is missing, build, fine-tune the bundled model and show wh
 	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/graft
 	$(BUILD)/graft demo $(if $(SEED),--seed $(SEED))
 
-demo-base: all  ## train the bundled base model again from random weights, into models/demo
+demo-base:  ## train the bundled base model again from random weights, into models/demo
+	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES)"
+	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/graft
 	$(BUILD)/graft demo --rebuild-base
 
 test:  ## install what is missing, build and run every test [SAN=asan] [FILTER=Tape.*]

@@ -82,6 +82,25 @@ std::string join(const std::set<std::string>& names) {
        "; it could match ", join(candidates), ", or all-linear");
 }
 
+// The modules of a Llama-shaped model that are no linear layers: what holds these, and norms and
+// the like.
+std::set<std::string> other_modules(const std::vector<std::string>& linear_names) {
+  std::set<std::string> others = {"model.norm", "model.rotary_emb"};
+  for (const auto& name : linear_names)
+    for (size_t dot = name.rfind('.'); dot != std::string::npos; dot = name.rfind('.', dot - 1)) {
+      const std::string holder = name.substr(0, dot);
+      if (!others.insert(holder).second) continue;
+      if (holder.ends_with(".mlp")) others.insert(holder + ".act_fn");
+      if (holder.ends_with(".self_attn")) {
+        const std::string layer = holder.substr(0, holder.rfind('.'));
+        for (const char* norm : {".input_layernorm", ".post_attention_layernorm",
+                                 ".self_attn.q_norm", ".self_attn.k_norm"})
+          others.insert(layer + norm);
+      }
+    }
+  return others;
+}
+
 void fill_uniform(const Tensor& t, Random& random, double bound) {
   for (int64_t i = 0; i < t.num_elements(); ++i)
     t.data<float>()[i] = float((2.0 * random.uniform() - 1.0) * bound);
@@ -139,13 +158,21 @@ std::vector<LoraTarget> match_targets(const LoraConfig& config,
     if (all_linear ? name == "lm_head" || name == "model.embed_tokens"
                    : !matches(name, config.target_modules, config.target_is_regex))
       return false;
-    if (config.layers_to_transform.empty()) return true;
+    // A name in full is taken whatever its layer, as PEFT does.
+    const auto& entries = config.target_modules;
+    if (config.layers_to_transform.empty() ||
+        std::find(entries.begin(), entries.end(), name) != entries.end())
+      return true;
     const auto& layers = config.layers_to_transform;
     return std::find(layers.begin(), layers.end(), layer_index(name)) != layers.end();
   };
   for (const char* name : {"model.embed_tokens", "lm_head"})
     CHECK(!is_target(name), "lora: target_modules matches ", name,
           "; adapters on the embedding or the output head are not supported, leave it out");
+  for (const std::string& name : other_modules(names))
+    CHECK(all_linear || !is_target(name), "lora: target_modules matches ", name,
+          ", which is not a linear layer, and PEFT would not load such an adapter; name linear "
+          "layers only");
 
   std::vector<LoraTarget> targets;
   for (const auto& name : names) {

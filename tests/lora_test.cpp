@@ -98,6 +98,31 @@ TEST(Lora, RefusesOverlappingPatterns) {
   EXPECT_EQ(match_targets(config, module_names(1))[1].r, 8);
 }
 
+// PEFT (check_target_module_exists): a name in full is looked up before the layers are.
+TEST(Lora, AFullNameIsTakenWhateverItsLayer) {
+  LoraConfig config;
+  config.target_modules = {"v_proj", "model.layers.0.self_attn.q_proj"};
+  config.layers_to_transform = {2};
+  const auto targets = match_targets(config, module_names(3));
+  ASSERT_EQ(targets.size(), 2u);
+  EXPECT_EQ(targets[0].name, "model.layers.0.self_attn.q_proj");
+  EXPECT_EQ(targets[1].name, "model.layers.2.self_attn.v_proj");
+}
+
+// PEFT refuses such a configuration, so an adapter written with it would not load there.
+TEST(Lora, RefusesTargetsThatAreNoLinearLayers) {
+  LoraConfig config;
+  for (const char* name : {"norm", "mlp", "act_fn", "input_layernorm", "q_norm", "self_attn"}) {
+    config.target_modules = {"q_proj", name};
+    EXPECT_THROW(match_targets(config, module_names(2)), Error) << name;
+  }
+  config.target_is_regex = true;
+  config.target_modules = {R"(model\.layers\.\d\.mlp\..*)"};
+  EXPECT_THROW(match_targets(config, module_names(2)), Error);
+  config.target_modules = {R"(model\.layers\.\d\.mlp\..*_proj)"};
+  EXPECT_EQ(match_targets(config, module_names(2)).size(), 6u);
+}
+
 TEST(Lora, DefaultsAreThoseOfTheReadme) {
   const LoraConfig config;
   EXPECT_EQ(config.r, 16);

@@ -128,6 +128,31 @@ TEST_F(TrainCheckpoint, OnlyTheNewestAreKept) {
   EXPECT_TRUE(fs::exists(path("checkpoint-11")));
 }
 
+// A torn one with a higher number once took the place of the one just written.
+TEST_F(TrainCheckpoint, TornOnesDoNotCountTowardsTheLimit) {
+  ParameterBuffer parameters = buffer();
+  save(8, parameters, 1);
+  fs::copy(path("checkpoint-8"), path("checkpoint-150"), fs::copy_options::recursive);
+  fs::resize_file(path("checkpoint-150/optimizer.safetensors"), 20);
+  save(14, parameters, 1);
+  EXPECT_EQ(newest(), path("checkpoint-14"));
+  EXPECT_FALSE(fs::exists(path("checkpoint-8")));
+}
+
+TEST_F(TrainCheckpoint, AStateThatIsNotWholeIsPassedOver) {
+  ParameterBuffer parameters = buffer();
+  save(8, parameters);
+  save(9, parameters);
+  for (const char* text :
+       {R"({"step":9,"files":{"adapter_config.json":{}}})", R"({"step":9,"files":{}})",
+        R"({"step":9,"files":[]})", R"({"files":{"adapter_config.json":3}})", "[]", ""}) {
+    std::ofstream(path("checkpoint-9/trainer_state.json")) << text;
+    EXPECT_EQ(newest(), path("checkpoint-8")) << text;
+    ASSERT_EQ(said_.size(), 1u) << text;
+    EXPECT_EQ(said_[0].find("json.exception"), std::string::npos) << said_[0];
+  }
+}
+
 TEST_F(TrainCheckpoint, AFailureLeavesOlderOnesAndNothingBesides) {
   ParameterBuffer parameters = buffer();
   save(1, parameters);

@@ -87,16 +87,33 @@ Json read_state(const std::string& checkpoint) {
   return object;
 }
 
-// Throws Error with what is wrong when the files are not those that were written.
-void check_whole(const std::string& checkpoint) {
+// Throws Error with what is wrong when the files are not those that were written. Without contents:
+// sizes alone, at no cost.
+void check_whole(const std::string& checkpoint, bool contents) {
   const Json state = read_state(checkpoint);
-  CHECK(state.contains("files") && state.contains("step"), kState, " is not whole");
-  for (const auto& [name, file] : state["files"].items()) {
-    const std::string path = checkpoint + "/" + name;
-    CHECK(fs::exists(path), name, " is missing");
-    CHECK(fs::file_size(path) == file["bytes"].get<uint64_t>(), name, " has ", fs::file_size(path),
-          " of ", file["bytes"].get<uint64_t>(), " bytes");
-    CHECK(hex(hash_file(path)) == file["hash"].get<std::string>(), name, " is damaged");
+  try {
+    CHECK(!state.at("files").empty(), kState, " lists no files");
+    for (const auto& [name, file] : state.at("files").items()) {
+      const std::string path = checkpoint + "/" + name;
+      const auto bytes = file.at("bytes").get<uint64_t>();
+      CHECK(fs::exists(path), name, " is missing");
+      CHECK(fs::file_size(path) == bytes, name, " has ", fs::file_size(path), " of ", bytes,
+            " bytes");
+      CHECK(!contents || hex(hash_file(path)) == file.at("hash").get<std::string>(), name,
+            " is damaged");
+    }
+  } catch (const nlohmann::json::exception&) {
+    fail(kState, " is not whole");
+  }
+  load_trainer_state(checkpoint);
+}
+
+bool looks_whole(const std::string& checkpoint) {
+  try {
+    check_whole(checkpoint, /*contents=*/false);
+    return true;
+  } catch (const std::exception&) {
+    return false;
   }
 }
 
@@ -152,8 +169,10 @@ std::string save_checkpoint(const std::string& output_dir, const TrainerState& s
   sync_folder(output_dir);
 
   if (save_total_limit > 0) {
-    const auto all = list_checkpoints(output_dir);
-    for (size_t i = size_t(save_total_limit); i < all.size(); ++i) fs::remove_all(all[i].second);
+    // Torn ones don't count: they must not take the place of one that can be resumed from.
+    int64_t kept = 0;
+    for (const auto& [number, folder] : list_checkpoints(output_dir))
+      if (looks_whole(folder) && ++kept > save_total_limit) fs::remove_all(folder);
   }
   return final_path;
 }
@@ -168,7 +187,7 @@ std::optional<std::string> newest_checkpoint(const std::string& output_dir,
   }
   for (const auto& [number, folder] : list_checkpoints(output_dir)) {
     try {
-      check_whole(folder);
+      check_whole(folder, /*contents=*/true);
       return folder;
     } catch (const std::exception& error) {
       say(concat("resume: passing over ", kPrefix, number, ": ", error.what()));
@@ -197,8 +216,8 @@ TrainerState load_trainer_state(const std::string& checkpoint) {
     state.last_eval_step = object.at("last_eval_step");
     for (const auto& [name, value] : object.at("result_keys").items())
       state.result_keys.emplace_back(name, value.get<std::string>());
-  } catch (const nlohmann::json::exception& error) {
-    fail(checkpoint, "/", kState, ": ", error.what());
+  } catch (const nlohmann::json::exception&) {
+    fail(checkpoint, "/", kState, ": is not whole");
   }
   return state;
 }

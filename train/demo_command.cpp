@@ -223,7 +223,15 @@ int demo_command(int argc, char** argv) {
       cxxopts::value<std::string>()->default_value("build/demo"))(
       "threads", "0: all", cxxopts::value<int64_t>()->default_value("0"))(
       "rebuild-base", "train the base model again, from random weights")("h,help", "this text");
-  const auto parsed = flags.parse(argc, argv);
+  const auto parsed = [&] {
+    try {
+      return flags.parse(argc, argv);
+    } catch (const cxxopts::exceptions::exception& error) {
+      const std::string hint = unknown_flag_hint(flags.help(), {argv + 1, argv + argc});
+      throw UsageError(
+          concat("demo: ", hint.empty() ? error.what() : hint, "; see graft demo --help"));
+    }
+  }();
   if (parsed.count("help")) {
     std::printf("%s", flags.help().c_str());
     return 0;

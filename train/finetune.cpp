@@ -138,6 +138,11 @@ TrainResult Run::train() {
     report_->line("saved " + options_.output_dir);
   } else if (state_.step > 0) {
     report_->line(concat("interrupted after step ", state_.step, "; go on with resume: true"));
+  } else {
+    report_->line("interrupted before the first step; nothing was saved");
+    // So that the same command can be given again.
+    for (const char* name : {"metrics.jsonl", "train_config.yaml"})
+      std::filesystem::remove(options_.output_dir + "/" + name);
   }
   return result_;
 }

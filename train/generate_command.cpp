@@ -123,6 +123,15 @@ void stream(Decoder& model, const Tokenizer& tokenizer, const std::vector<int32_
   put(as_ids ? "\n" : decoder.finish() + "\n");
 }
 
+std::string find_model(const std::string& name, bool named_by_adapter) {
+  try {
+    return resolve_model(name);
+  } catch (const Error& error) {
+    if (!named_by_adapter) throw;
+    fail(error.what(), " (the adapter's base_model_name_or_path; say where it is with --model)");
+  }
+}
+
 int run(const cxxopts::ParseResult& args) {
   if (!args.unmatched().empty())
     throw UsageError("generate: unexpected argument '" + args.unmatched()[0] +
@@ -137,7 +146,7 @@ int run(const cxxopts::ParseResult& args) {
   std::optional<DType> dtype;
   if (args.count("dtype")) dtype = read_dtype(args["dtype"].as<std::string>());
 
-  const std::string directory = resolve_model(name);
+  const std::string directory = find_model(name, /*named_by_adapter=*/!args.count("model"));
   const Tokenizer tokenizer = Tokenizer::load(directory);
   GenerationConfig config = GenerationConfig::load(directory);
   if (config.eos_token_ids.empty() && tokenizer.eos_id())

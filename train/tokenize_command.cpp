@@ -5,6 +5,7 @@
 #include <iterator>
 
 #include "models/tokenizer.h"
+#include "models/weights.h"
 #include "tensor/check.h"
 #include "train/commands.h"
 #include "train/options.h"
@@ -78,7 +79,7 @@ int tokenize_command(int argc, char** argv) {
       text.assign(std::istreambuf_iterator<char>(std::cin), std::istreambuf_iterator<char>());
       CHECK(!std::ferror(stdin), "tokenize: standard input cannot be read");
     }
-    const Tokenizer tokenizer = Tokenizer::load(args["model"].as<std::string>());
+    const Tokenizer tokenizer = Tokenizer::load(resolve_model(args["model"].as<std::string>()));
     const Encoding encoding = tokenizer.encode(text, !args.count("no-special-tokens"));
     if (args.count("ids")) {
       print_ids(encoding);
