@@ -74,8 +74,7 @@ std::vector<std::string> short_names(const std::vector<NamedLinear>& layers) {
 
 LoraConfig load_adapter_config(const std::string& directory) {
   const std::string path = (fs::path(directory) / kConfigFile).string();
-  CHECK(fs::is_directory(directory), directory,
-        ": not a directory; expected that of a PEFT adapter");
+  CHECK(fs::exists(path), path, ": no such file; expected the directory of a PEFT adapter");
   return parse_adapter_config(read_json_object(path), path);
 }
 
