@@ -1,10 +1,25 @@
-// Runs every test, and closes with the one line that any reader of logs understands.
+// Runs every test, prints why a test was skipped (--gtest_brief hides that), and closes with the
+// one line that any reader of logs understands.
 #include <gtest/gtest.h>
 
 #include <cstdio>
 
+namespace {
+
+class PrintSkips : public testing::EmptyTestEventListener {
+  void OnTestPartResult(const testing::TestPartResult& result) override {
+    if (!result.skipped()) return;
+    const auto* test = testing::UnitTest::GetInstance()->current_test_info();
+    std::printf("skipped %s.%s: %s\n", test ? test->test_suite_name() : "",
+                test ? test->name() : "", result.message());
+  }
+};
+
+}  // namespace
+
 int main(int argc, char** argv) {
   testing::InitGoogleTest(&argc, argv);
+  testing::UnitTest::GetInstance()->listeners().Append(new PrintSkips);
   const int result = RUN_ALL_TESTS();
   const auto& unit = *testing::UnitTest::GetInstance();
   std::printf("%d passed, %d failed, %d skipped\n", unit.successful_test_count(),
