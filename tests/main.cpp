@@ -7,12 +7,13 @@
 namespace {
 
 class PrintSkips : public testing::EmptyTestEventListener {
+  // Asked for here: UnitTest's lock is held while a part result is told.
+  void OnTestStart(const testing::TestInfo& test) override { test_ = &test; }
   void OnTestPartResult(const testing::TestPartResult& result) override {
-    if (!result.skipped()) return;
-    const auto* test = testing::UnitTest::GetInstance()->current_test_info();
-    std::printf("skipped %s.%s: %s\n", test ? test->test_suite_name() : "",
-                test ? test->name() : "", result.message());
+    if (!result.skipped() || !test_) return;
+    std::printf("skipped %s.%s: %s\n", test_->test_suite_name(), test_->name(), result.message());
   }
+  const testing::TestInfo* test_ = nullptr;
 };
 
 }  // namespace
