@@ -139,7 +139,8 @@ TEST_F(SharedData, Llama2GivesThePublishedIds) {
 }
 
 TEST_F(SharedData, SmallModelsGiveTheGoldenIds) {
-  for (const Json& c : read_json(shared_data() + "/stories260K/golden.json")["tokenizer_cases"]) {
+  const Json golden = read_json(shared_data() + "/stories260K/golden.json");
+  for (const Json& c : golden["tokenizer_cases"]) {
     const auto ids = c["ids"].get<std::vector<int32_t>>();
     EXPECT_EQ(tokenizer("stories260K").encode(c["text"].get<std::string>()).ids, ids) << c["text"];
   }
