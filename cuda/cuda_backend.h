@@ -1,9 +1,10 @@
-// The CUDA backend as the rest of graft sees it. A build without CUDA has the same two functions
+// The CUDA backend as the rest of graft sees it. A build without CUDA has the same functions
 // (no_cuda.cpp), so that nothing else asks how graft was built.
 #pragma once
 
 #include <string>
 
+#include "tensor/allocator.h"
 #include "tensor/backend.h"
 
 namespace graft {
@@ -12,5 +13,7 @@ namespace graft {
 Backend& cuda_backend();
 // Whether this build and this machine can run CUDA kernels; if not, why (reason may be null).
 bool cuda_available(std::string* reason);
+// Where allocator_of(Device::CUDA) gets its memory. Throws as cuda_backend does.
+RawMemory& cuda_memory();
 
 }  // namespace graft

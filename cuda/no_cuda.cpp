@@ -9,5 +9,6 @@ bool cuda_available(std::string* reason) {
 }
 
 Backend& cuda_backend() { fail("cuda: this build has no CUDA; run on the CPU (device: cpu)"); }
+RawMemory& cuda_memory() { fail("cuda: this build has no CUDA; run on the CPU (device: cpu)"); }
 
 }  // namespace graft

@@ -8,6 +8,9 @@
 #include "tensor/check.h"
 
 namespace graft {
+
+RawMemory& cuda_memory();  // cuda/cuda_backend.h; tensor/ includes nothing of cuda/
+
 namespace {
 
 constexpr int64_t kSmall = 64;       // granularity of small blocks, and the alignment of all
@@ -81,11 +84,12 @@ void* Allocator::allocate(int64_t bytes, Scope scope) {
   // The smallest cached block that fits and wastes at most an eighth.
   void* pointer = nullptr;
   auto found = cached_.lower_bound(size);
-  if (found != cached_.end() && found->first <= size + size / 8) {
+  const bool exact = memory_.exact();
+  if (!exact && found != cached_.end() && found->first <= size + size / 8) {
     pointer = found->second;
     cached_.erase(found);
   } else {
-    const size_t mapped = size_t((size + kPage - 1) / kPage * kPage);
+    const size_t mapped = exact ? size_t(bytes) : size_t((size + kPage - 1) / kPage * kPage);
     pointer = memory_.system_allocate(mapped);
     if (!pointer) {  // what is cached may be just what is missing
       for (auto& [block, p] : cached_) {
@@ -123,6 +127,12 @@ void Allocator::free(void* pointer, int64_t bytes, Scope scope) {
         "free: not a block of this allocator");
   stats_.live[int(scope)] -= block_size(bytes);
   stats_.live_total -= block_size(bytes);
+  if (memory_.exact()) {
+    stats_.reserved -= found->second;
+    memory_.system_free(pointer, size_t(bytes));
+    block_bytes_.erase(found);
+    return;
+  }
   cached_.emplace(found->second, pointer);
 }
 
@@ -169,10 +179,12 @@ Allocator& allocator_of(Device device) {
       return cpu;
     case Device::Meta:
       return meta;
-    case Device::CUDA:
-      break;
+    case Device::CUDA: {
+      static Allocator& cuda = *new Allocator(cuda_memory());
+      return cuda;
+    }
   }
-  fail("allocator: this build has no memory on ", device_name(device));
+  fail("allocator: unknown device ", int(device));
 }
 
 }  // namespace graft

@@ -28,6 +28,9 @@ class RawMemory {
   virtual ~RawMemory() = default;
   virtual void* system_allocate(size_t bytes) = 0;
   virtual void system_free(void* pointer, size_t bytes) = 0;
+  // Whether every block is to be asked for by its exact size and given back at once, so that a
+  // memory checker sees the end of each tensor. For tests.
+  virtual bool exact() const { return false; }
 };
 
 struct MemoryStats {

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "tensor/backend.h"
 #include "tensor/dispatch.h"
 
 namespace graft {
@@ -32,7 +33,7 @@ Tensor Tensor::empty(Shape shape, DType dtype, Device device, Scope scope) {
 
 Tensor Tensor::zeros(Shape shape, DType dtype, Device device, Scope scope) {
   Tensor t = empty(shape, dtype, device, scope);
-  CHECK(device != Device::CUDA, "tensor: zeros on cuda go through the backend's fill");
+  if (device == Device::CUDA) backend_of(device).fill(t, 0);
   if (device == Device::CPU) std::memset(t.raw(), 0, size_t(t.num_bytes()));
   return t;
 }
@@ -107,6 +108,10 @@ Tensor Tensor::slice_cols(int64_t begin, int64_t end) const {
 Tensor Tensor::clone(Scope scope) const {
   Tensor t = empty(shape_, dtype_, device(), scope);
   if (device() == Device::Meta) return t;
+  if (device() == Device::CUDA) {
+    backend_of(device()).copy(t, *this);
+    return t;
+  }
   const int64_t row_bytes = cols() * dtype_size(dtype_);
   for (int64_t row = 0; row < num_rows(); ++row)
     std::memcpy(static_cast<char*>(t.raw()) + row * row_bytes,
@@ -119,6 +124,10 @@ Tensor Tensor::to(DType dtype, Scope scope) const {
   if (dtype == dtype_) return *this;
   Tensor t = empty(shape_, dtype, device(), scope);
   if (device() == Device::Meta) return t;
+  if (device() == Device::CUDA) {
+    backend_of(device()).copy(t, *this);
+    return t;
+  }
   const int64_t columns = cols();
   dispatch_float(dtype_, [&]<class From>(From) {
     dispatch_float(dtype, [&]<class To>(To) {
@@ -138,7 +147,16 @@ Tensor Tensor::to(DType dtype, Scope scope) const {
   return t;
 }
 
+Tensor Tensor::to(Device to_device, Scope scope) const {
+  if (to_device == device()) return *this;
+  Tensor t = empty(shape_, dtype_, to_device, scope);
+  if (to_device == Device::Meta || device() == Device::Meta) return t;
+  backend_of(Device::CUDA).copy(t, *this);
+  return t;
+}
+
 std::vector<double> Tensor::to_doubles() const {
+  if (device() == Device::CUDA) return to(Device::CPU).to_doubles();
   std::vector<double> values;
   values.reserve(size_t(num_elements()));
   const auto collect = [&]<class T>(T) {

@@ -83,10 +83,12 @@ class Tensor {
     return static_cast<T*>(raw());
   }
 
-  // Copies; CPU only. `clone` is dense. `to` converts (rounding to nearest even); it returns *this
-  // without a copy when the dtype is the same already.
+  // Copies. `clone` is dense. `to` converts (rounding to nearest even) or moves to another device;
+  // it returns *this without a copy when nothing would change. What goes from the GPU to the CPU
+  // waits for the GPU.
   Tensor clone(Scope scope = Scope::Activations) const;
   Tensor to(DType dtype, Scope scope = Scope::Activations) const;
+  Tensor to(Device device, Scope scope = Scope::Activations) const;
   std::vector<double> to_doubles() const;
   double item() const;  // of a tensor of one element
 

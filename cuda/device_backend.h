@@ -1,0 +1,81 @@
+// The class behind cuda_backend(): the methods of tensor/backend.h, each implemented in the .cu
+// file that has its kernels (the stem is that of cpu/reference/). Everything runs in order on one
+// stream; no method waits for the device, except those that return a number or copy to the host.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "tensor/backend.h"
+
+namespace graft {
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend();
+  ~CudaBackend() override;
+  std::string describe() const override;
+  cudaStream_t stream() const { return stream_; }
+
+  // elementwise.cu
+  void fill(Tensor& dst, double value) override;
+  void copy(Tensor& dst, const Tensor& src) override;  // also from and to CPU tensors
+  void add(Tensor& y, const Tensor& a, const Tensor& b) override;
+  void axpy(Tensor& y, const Tensor& x, double alpha) override;
+  void scale(Tensor& y, const Tensor& x, double alpha) override;
+  void sum_rows(Tensor& db, const Tensor& dy, bool accumulate) override;
+
+  // gemm.cu (over blas.h)
+  void gemm(Tensor& c, std::span<const GemmTerm> terms, const Tensor& addend,
+            const Tensor& bias) override;
+
+  // embedding.cu
+  void embedding_forward(Tensor& y, const Tensor& ids, const Tensor& weight) override;
+  void embedding_backward(Tensor& dweight, const Tensor& ids, const Tensor& dy) override;
+  void gather_rows(Tensor& dst, const Tensor& src, const Tensor& indices) override;
+  void scatter_add_rows(Tensor& dst, const Tensor& src, const Tensor& indices) override;
+
+  // rms_norm.cu
+  void rms_norm_forward(Tensor& y, Tensor& rstd, const Tensor& x, const Tensor& weight,
+                        double eps) override;
+  void rms_norm_backward(Tensor& dx, Tensor& dweight, const Tensor& dy, const Tensor& x,
+                         const Tensor& weight, const Tensor& rstd) override;
+
+  // rope.cu
+  void rope(Tensor& y, const Tensor& x, const Tensor& positions, const Tensor& cos_sin,
+            int direction) override;
+
+  // attention.cu
+  void attention_forward(Tensor& out, Tensor& lse, const Tensor& q, const Tensor& k,
+                         const Tensor& v, const Tensor& cu_q, const Tensor& cu_k,
+                         double scale) override;
+  void attention_backward(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& dout, const Tensor& q,
+                          const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                          const Tensor& cu_seqlens, double scale) override;
+
+  // swiglu.cu
+  void swiglu_forward(Tensor& y, const Tensor& gate, const Tensor& up) override;
+  void swiglu_backward(Tensor& dgate, Tensor& dup, const Tensor& dy, const Tensor& gate,
+                       const Tensor& up) override;
+
+  // cross_entropy.cu
+  void cross_entropy(Tensor& losses, Tensor& logits, const Tensor& labels, double scale,
+                     bool with_gradient) override;
+
+  // dropout.cu
+  void dropout(Tensor& y, const Tensor& x, double p, const DropoutKey& key,
+               bool accumulate) override;
+
+  // adamw.cu
+  double sum_of_squares(const Tensor& x) override;
+  void adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& gradient, double grad_scale,
+             const AdamWStep& step) override;
+
+ private:
+  // A device copy of an I32 tensor that may lie on the CPU (token ids, cu_seqlens); a tensor that
+  // is on the device already is returned as it is. elementwise.cu.
+  Tensor on_device(const Tensor& indices);
+
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace graft
