@@ -21,7 +21,7 @@ LIBS     := -lyaml-cpp -lpcre2-8 -lutf8proc -pthread
 
 # --- packages (Debian and Ubuntu) -----------------------------------------------------------------
 BUILD_PACKAGES := g++ libcxxopts-dev libyaml-cpp-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev
-TEST_PACKAGES  := libgtest-dev libbenchmark-dev libopenblas-dev
+TEST_PACKAGES  := libgtest-dev libbenchmark-dev libopenblas-dev libboost-context-dev
 CHECK_PACKAGES := clang-format binutils
 PACKAGES       := $(BUILD_PACKAGES) $(TEST_PACKAGES) $(CHECK_PACKAGES)
 
@@ -42,8 +42,22 @@ TEST_OBJ   := $(TEST_SRC:%.cpp=$(BUILD)/obj/%.o)
 BENCH_SRC  := $(wildcard bench/*.cpp)
 BENCH_BIN  := $(BENCH_SRC:bench/%.cpp=$(BUILD)/bench/%)
 
+# --- kernels without a GPU: .cu files compiled as C++ against cuda/emulator, in three builds ---
+# fast: speed; asan: memory; race: kernels call the hooks of ThreadSanitizer, which racecheck.cpp is.
+# -fno-strict-aliasing: kernels read memory through 16-byte vectors, as nvcc allows.
+EMU         := build/emu
+EMU_KINDS   := fast asan race
+EMU_FLAGS   := -std=c++20 -O2 -g -DCUDA_EMU -Icuda/emulator -I. -Wall -Wextra -Wno-restrict -Wno-unknown-pragmas \
+               -fno-strict-aliasing -MMD -MP
+EMU_asan    := -fsanitize=address,undefined -fno-sanitize-recover=all
+EMU_race    := -DEMU_RACECHECK
+EMU_SRC     := $(filter-out %/racecheck.cpp,$(wildcard cuda/emulator/*.cpp)) $(wildcard tests/cuda/*.cpp)
+EMU_KERNELS := $(wildcard tests/cuda/*.cu)
+EMU_BIN     := $(EMU_KINDS:%=$(EMU)/%/cuda_tests)
+emu_objects  = $(EMU_SRC:%.cpp=$(EMU)/$(1)/%.o) $(EMU_KERNELS:%.cu=$(EMU)/$(1)/%.cu.o)
+
 .DEFAULT_GOAL := all
-.PHONY: all help deps demo demo-base test bench bench-peers check format clean install-packages
+.PHONY: all help deps demo demo-base test emulated nvcc-check bench bench-peers check format clean install-packages
 
 all: $(BUILD)/graft  ## build build/graft
 
@@ -77,6 +91,19 @@ $$(BUILD)/obj/tensor/cpu/kernels/%.$(1).o: tensor/cpu/kernels/%.cpp
 endef
 $(foreach isa,$(ISAS),$(eval $(call isa_rule,$(isa))))
 
+define emu_rules
+$$(EMU)/$(1)/%.o: %.cpp
+	@mkdir -p $$(@D)
+	$$(CXX) $$(EMU_FLAGS) $$(EMU_$(1)) -c -o $$@ $$<
+$$(EMU)/$(1)/%.cu.o: %.cu
+	@mkdir -p $$(@D)
+	$$(CXX) $$(EMU_FLAGS) $$(EMU_$(1)) $(if $(filter race,$(1)),-fsanitize=thread) -x c++ -c -o $$@ $$<
+$$(EMU)/$(1)/cuda_tests: $$(call emu_objects,$(1)) $(if $(filter race,$(1)),$$(EMU)/race/cuda/emulator/racecheck.o)
+	$$(CXX) $$(EMU_$(1)) -o $$@ $$^ -lboost_context -lopenblas -lgtest -lgtest_main -pthread
+-include $$(patsubst %.o,%.d,$$(call emu_objects,$(1)))
+endef
+$(foreach kind,$(EMU_KINDS),$(eval $(call emu_rules,$(kind))))
+
 -include $(LIB_OBJ:.o=.d) $(TEST_OBJ:.o=.d) $(BUILD)/obj/train/main.d $(BENCH_BIN:%=%.d)
 
 # --- what people run --------------------------------------------------------------------------------
@@ -93,8 +120,23 @@ demo-base:  ## train the bundled base model again from random weights, into mode
 
 test:  ## install what is missing, build and run every test [SAN=asan] [FILTER=Tape.*]
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
-	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/graft $(BUILD)/graft_tests
+	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/graft $(BUILD)/graft_tests $(EMU_BIN)
+	@$(MAKE) --no-print-directory emulated $(if $(NVCC),nvcc-check)
 	GRAFT_BINARY=$(BUILD)/graft $(BUILD)/graft_tests --gtest_brief=1 $(if $(FILTER),--gtest_filter='$(FILTER)')
+
+emulated:  ## run CUDA kernels on the CPU: fast, with a memory checker, with a race checker [FILTER=Faults.*]
+	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
+	@$(MAKE) --no-print-directory -j$(JOBS) $(EMU_BIN)
+	@for kind in $(EMU_KINDS); do echo "emulated CUDA, $$kind:"; \
+	  OPENBLAS_NUM_THREADS=1 $(EMU)/$$kind/cuda_tests --gtest_brief=1 $(if $(FILTER),--gtest_filter='$(FILTER)') || exit 1; done
+
+NVCC ?= $(firstword $(wildcard $(shell command -v nvcc) /usr/local/cuda/bin/nvcc))
+nvcc-check:  ## compile the kernels for sm_80 and sm_90a with nvcc
+	@[ -n "$(NVCC)" ] || { echo "no nvcc on this machine"; exit 1; }
+	@mkdir -p $(EMU)
+	@for f in $(wildcard cuda/*.cu) tests/cuda/faulty.cu; do echo "nvcc $$f"; \
+	  $(NVCC) -std=c++20 -O3 -I. -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a \
+	    -Werror all-warnings -Xcompiler -Wall -c -o $(EMU)/nvcc.o $$f || exit 1; done
 
 bench:  ## kernels and GEMM against OpenBLAS and the FMA peak of this machine
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
@@ -112,7 +154,7 @@ check:  ## folder layering, formatting, no shared code in the instruction-set ob
 	@tests/check.sh $(BUILD)/obj/tensor/cpu/kernels
 
 format:  ## clang-format every source file in place
-	clang-format -i $$(git ls-files '*.h' '*.cpp')
+	clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 clean:  ## remove build/
 	rm -rf build

@@ -58,7 +58,9 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cu
   if (shared_bytes > 48 * 1024)
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     int(shared_bytes)));
-  kernel<<<grid, block, shared_bytes, stream> > >(static_cast<A&&>(args)...);
+  // clang-format off
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<A&&>(args)...);
+  // clang-format on
   CUDA_CHECK(cudaGetLastError());
 }
 

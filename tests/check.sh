@@ -34,7 +34,7 @@ if [ -n "$top" ]; then
   failed=1
 fi
 
-files=$(git ls-files '*.h' '*.cpp' | while read -r f; do [ -f "$f" ] && echo "$f"; done)
+files=$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | while read -r f; do [ -f "$f" ] && echo "$f"; done)
 if ! clang-format --dry-run -Werror $files 2>/dev/null; then
   echo "not formatted (make format mends it):"
   for f in $files; do clang-format --dry-run -Werror "$f" >/dev/null 2>&1 || echo "  $f"; done

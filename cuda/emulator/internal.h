@@ -1,0 +1,52 @@
+// Shared between the emulator's own source files.
+#pragma once
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/emulator/emulator.h"
+
+#if EMU_ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace emu {
+
+// AddressSanitizer: mark memory, and tell it about stack switches. Nothing without it.
+#if EMU_ASAN
+inline void poison(void* p, size_t n) { __asan_poison_memory_region(p, n); }
+inline void unpoison(void* p, size_t n) { __asan_unpoison_memory_region(p, n); }
+inline void start_switch(void** fake, const void* bottom, size_t n) {
+  __sanitizer_start_switch_fiber(fake, bottom, n);
+}
+inline void finish_switch(void* fake, const void** bottom, size_t* n) {
+  __sanitizer_finish_switch_fiber(fake, bottom, n);
+}
+#else
+inline void poison(void*, size_t) {}
+inline void unpoison(void*, size_t) {}
+inline void start_switch(void**, const void*, size_t) {}
+inline void finish_switch(void*, const void**, size_t*) {}
+#endif
+
+// Position of the running block in the happens-before order.
+struct Clock {
+  uint64_t block = 0, launch_first_block = 1;
+  uint32_t block_epoch = 0;               // __syncthreads seen by this block
+  std::array<uint32_t, 32> warp_epoch{};  // __syncwarp seen by each warp
+};
+const Clock& race_clock();
+int running_thread();  // linear index in the block, -1 on the host
+bool on_fiber_stack(const void* p);
+bool in_shared_arena(const void* p, size_t& offset);
+
+cudaError_t set_last_error(cudaError_t e);
+void expose_device_memory(bool to_kernels);
+// The allocation holding p, or null. `begin` and `bytes` describe it.
+bool find_device_allocation(const void* p, char*& begin, size_t& bytes);
+// Called by the runtime for the race checker: new memory, or memory written by the host.
+inline void (*on_host_write)(void* p, size_t bytes) = nullptr;
+inline void (*on_device_allocation)(void* p, size_t bytes, bool alive) = nullptr;
+
+}  // namespace emu

@@ -1,0 +1,202 @@
+// Race, initialisation and bounds checker for kernels, exact for the run at hand.
+//
+// The kernels are compiled with -fsanitize=thread, which makes the compiler announce every load and
+// store to functions named __tsan_*; this file supplies those functions instead of
+// ThreadSanitizer's own library (so link *without* -fsanitize=thread). Each byte of device and
+// shared memory remembers its last write and its last reads; two accesses, one of them a write, are
+// a race unless the CUDA execution model orders them: same thread, a __syncthreads between, a
+// __syncwarp between within one warp, or an earlier launch.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <set>
+#include <string>
+
+#include "cuda/emulator/cuda_runtime.h"
+#include "cuda/emulator/internal.h"
+
+extern "C" char __executable_start, end;
+
+namespace {
+
+using emu::Access;
+
+struct Stamp {
+  uint32_t block = 0;
+  uint16_t epoch = 0, warp_epoch = 0, thread = 0;
+  bool used = false, atomic = false, pending = false;  // pending: an unfinished cp.async
+  uint32_t pc = 0;                                     // offset into the program
+};
+// The last write and three reads, enough to be exact: if some past read is unordered with a write,
+// then so is the latest, or the latest by another thread than that, or the latest by another warp
+// than that.
+struct Cell {
+  Stamp write, read, other_thread, other_warp;
+};
+
+struct Region {
+  char* begin;
+  size_t bytes;
+  Cell* cells;
+  bool* initialised;
+};
+
+template <class T>
+T* reserve(size_t n) {  // pages appear when touched, zeroed
+  return static_cast<T*>(mmap(nullptr, n * sizeof(T), PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+}
+
+std::map<char*, Region>& regions() {
+  static auto& m = *new std::map<char*, Region>;
+  return m;
+}
+
+Region* find(const void* p) {
+  static Region* last = nullptr;
+  static size_t generation = 0;
+  auto inside = [p](const Region& r) {
+    return static_cast<size_t>(static_cast<const char*>(p) - r.begin) < r.bytes;
+  };
+  if (generation != regions().size()) last = nullptr, generation = regions().size();
+  if (last && inside(*last)) return last;
+  auto it = regions().upper_bound(static_cast<char*>(const_cast<void*>(p)));
+  if (it == regions().begin() || !inside((--it)->second)) return nullptr;
+  return last = &it->second;
+}
+
+std::string describe(uint32_t pc) {
+  char exe[4096];
+  const ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
+  exe[n > 0 ? n : 0] = 0;
+  char command[4300], line[512] = "?";
+  std::snprintf(command, sizeof command, "addr2line -sCe '%s' 0x%x 2>/dev/null", exe, pc - 1);
+  if (FILE* f = popen(command, "r")) {
+    if (!std::fgets(line, sizeof line, f)) line[0] = '?';
+    pclose(f);
+  }
+  return std::string(line).substr(0, std::string(line).find_first_of(" \n"));
+}
+
+void report_once(const char* what, uint32_t pc1, uint32_t pc2, const std::string& detail) {
+  static std::set<std::pair<uint64_t, uint64_t>> seen;
+  if (!seen.insert({emu::race_clock().launch_first_block, uint64_t{pc1} << 32 | pc2}).second)
+    return;
+  emu::report(std::string(what) + " at " + describe(pc2) + (pc1 ? " and " + describe(pc1) : "") +
+              detail);
+}
+
+bool ordered(const Stamp& first, const Stamp& now, bool shared, uint64_t launch_first_block) {
+  if (!first.used) return true;
+  if (first.block != now.block) return shared || first.block < launch_first_block;
+  return first.thread == now.thread || first.epoch < now.epoch ||
+         (first.thread / 32 == now.thread / 32 && first.warp_epoch < now.warp_epoch);
+}
+
+void check(const void* p, size_t bytes, Access kind, int thread, const void* pc_pointer) {
+  if (thread < 0) thread = emu::running_thread();
+  if (thread < 0 || emu::on_fiber_stack(p)) return;  // host code, or a local variable
+  ++emu::stats().accesses;
+  const emu::Clock& clock = emu::race_clock();
+  const Stamp now{
+      static_cast<uint32_t>(clock.block),
+      static_cast<uint16_t>(clock.block_epoch),
+      static_cast<uint16_t>(clock.warp_epoch[static_cast<size_t>(thread / 32)]),
+      static_cast<uint16_t>(thread),
+      true,
+      kind == Access::kAtomic,
+      kind == Access::kPending,
+      static_cast<uint32_t>(static_cast<const char*>(pc_pointer) - &__executable_start)};
+  static Cell* shared_cells = reserve<Cell>(512 << 10);
+  size_t offset;
+  const bool shared = emu::in_shared_arena(p, offset);
+  Cell* cell = shared_cells + offset;
+  bool* initialised = nullptr;  // of device memory; shared memory is so once written in this block
+  if (!shared) {
+    Region* r = find(p);
+    if (!r) {
+      if (p >= &__executable_start && p < &end) return;  // a constant or __device__ variable
+      return report_once("access outside every device allocation", 0, now.pc, "");
+    }
+    offset = static_cast<size_t>(static_cast<const char*>(p) - r->begin);
+    if (offset + bytes > r->bytes)
+      return report_once("access past the end of a device allocation", 0, now.pc, "");
+    cell = r->cells + offset;
+    initialised = r->initialised + offset;
+  }
+  auto conflict = [&](const char* what, const Stamp& first) {
+    if (ordered(first, now, shared, clock.launch_first_block) || (first.atomic && now.atomic))
+      return;
+    report_once(what, first.pc, now.pc,
+                std::string(shared ? " in shared memory" : " in device memory") + ", threads " +
+                    std::to_string(first.thread) + " and " + std::to_string(thread) +
+                    (first.block == now.block ? "" : " of different blocks"));
+  };
+  for (size_t i = 0; i < bytes; ++i) {
+    Cell& c = cell[i];
+    if (kind == Access::kRead) {
+      if (shared ? !c.write.used || c.write.block != now.block : !initialised[i])
+        report_once("read of uninitialised memory", 0, now.pc,
+                    shared ? " in shared memory" : " in device memory");
+      else if (c.write.pending && c.write.block == now.block)
+        report_once("read of a cp.async destination before its wait", c.write.pc, now.pc, "");
+      conflict("race between a write and a read", c.write);
+      if (c.read.used) {
+        const bool other_block = c.read.block != now.block;
+        if (other_block || c.read.thread != now.thread) c.other_thread = c.read;
+        if (other_block || c.read.thread / 32 != now.thread / 32) c.other_warp = c.read;
+      }
+      c.read = now;
+    } else {
+      conflict("race between two writes", c.write);
+      for (const Stamp& read : {c.read, c.other_thread, c.other_warp})
+        conflict("race between a read and a write", read);
+      c.write = now;
+      if (!shared) initialised[i] = true;
+    }
+  }
+}
+
+[[maybe_unused]] const bool installed = [] {
+  emu::on_access = check;
+  emu::on_device_allocation = [](void* p, size_t bytes, bool alive) {
+    auto* begin = static_cast<char*>(p);
+    if (alive) {
+      regions()[begin] = {begin, bytes, reserve<Cell>(bytes), reserve<bool>(bytes)};
+    } else {
+      munmap(regions()[begin].cells, bytes * sizeof(Cell));
+      munmap(regions()[begin].initialised, bytes);
+      regions().erase(begin);
+    }
+  };
+  emu::on_host_write = [](void* p, size_t bytes) {
+    if (Region* r = find(p))
+      std::memset(r->initialised + (static_cast<char*>(p) - r->begin), 1, bytes);
+  };
+  return true;
+}();
+
+}  // namespace
+
+#define HOOK(name, bytes, kind)                                     \
+  extern "C" void __tsan_##name(void* p) {                          \
+    check(p, bytes, Access::kind, -1, __builtin_return_address(0)); \
+  }
+#define HOOKS(n)          \
+  HOOK(read##n, n, kRead) \
+  HOOK(write##n, n, kWrite) HOOK(unaligned_read##n, n, kRead) HOOK(unaligned_write##n, n, kWrite)
+HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16) extern "C" {
+  void __tsan_read_range(void* p, size_t n) {
+    check(p, n, Access::kRead, -1, __builtin_return_address(0));
+  }
+  void __tsan_write_range(void* p, size_t n) {
+    check(p, n, Access::kWrite, -1, __builtin_return_address(0));
+  }
+  void __tsan_vptr_update(void**, void*) {}
+  void __tsan_init() {}
+  void __tsan_func_entry(void*) {}
+  void __tsan_func_exit() {}
+}
