@@ -94,6 +94,9 @@ using namespace emu;
 cudaError_t cudaMalloc(void** p, size_t bytes) {
   *p = nullptr;
   if (bytes == 0) return cudaSuccess;
+  size_t free = 0, total = 0;
+  cudaMemGetInfo(&free, &total);
+  if (bytes > free) return set_last_error(cudaErrorMemoryAllocation);
   char* memory = allocate(bytes);
   if (!memory) return set_last_error(cudaErrorMemoryAllocation);
   std::memset(memory, 0xff, bytes);
@@ -136,6 +139,54 @@ cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   std::memset(p, value, bytes);
   if (on_host_write) on_host_write(p, bytes);
   return cudaSuccess;
+}
+
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
+                              size_t width, size_t height, cudaMemcpyKind kind,
+                              cudaStream_t stream) {
+  if (width > to_pitch || width > from_pitch) return set_last_error(cudaErrorInvalidValue);
+  for (size_t row = 0; row < height; ++row)
+    if (auto e =
+            cudaMemcpyAsync(static_cast<char*>(to) + row * to_pitch,
+                            static_cast<const char*>(from) + row * from_pitch, width, kind, stream))
+      return e;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMallocHost(void** p, size_t bytes) {
+  *p = std::malloc(bytes);
+  return *p || bytes == 0 ? cudaSuccess : set_last_error(cudaErrorMemoryAllocation);
+}
+cudaError_t cudaFreeHost(void* p) {
+  std::free(p);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  const char* limit = std::getenv("EMU_MEMORY_MB");
+  *total = (limit ? std::strtoull(limit, nullptr, 10) : 1ull << 20) << 20;
+  size_t used = 0;
+  for (auto [p, bytes] : allocations()) used += bytes;
+  *free = *total - std::min(*total, used);
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  if (device != 0) return set_last_error(cudaErrorInvalidValue);
+  *properties = {};
+  std::strcpy(properties->name, "emulated");
+  size_t free = 0;
+  cudaMemGetInfo(&free, &properties->totalGlobalMem);
+  properties->multiProcessorCount = 1;
+  properties->major = 8;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : set_last_error(cudaErrorInvalidValue);
 }
 
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
