@@ -30,6 +30,69 @@ struct alignas(sizeof(T) * N) Vector {
   T v[N];
 };
 
+// How many elements a thread moves at once: 16 bytes of the narrowest type.
+template <class... T>
+constexpr int kVectorWidth = (... || (sizeof(T) == 2)) ? 8 : 4;
+
+// N elements at p as floats, by loads of at most 16 bytes; p is aligned to such a load.
+template <int N, class T>
+__device__ inline void load_floats(float (&out)[N], const T* p) {
+  constexpr int kChunk = N * int(sizeof(T)) > 16 ? 16 / int(sizeof(T)) : N;
+  for (int i = 0; i < N; i += kChunk) {
+    const auto chunk = *reinterpret_cast<const Vector<T, kChunk>*>(p + i);
+    for (int j = 0; j < kChunk; ++j) out[i + j] = as_float(chunk.v[j]);
+  }
+}
+// The same for stores; each element is rounded to nearest even.
+template <int N, class T>
+__device__ inline void store_floats(T* p, const float (&in)[N]) {
+  constexpr int kChunk = N * int(sizeof(T)) > 16 ? 16 / int(sizeof(T)) : N;
+  for (int i = 0; i < N; i += kChunk) {
+    Vector<T, kChunk> chunk;
+    for (int j = 0; j < kChunk; ++j) chunk.v[j] = round_to<T>(in[i + j]);
+    *reinterpret_cast<Vector<T, kChunk>*>(p + i) = chunk;
+  }
+}
+
+// Host: whether the rows of every tensor can be read `width` elements at a time by 16-byte loads.
+template <class... Tensors>
+bool vector_rows(int width, const Tensors&... tensors) {
+  const auto fits = [width](const auto& t) {
+    return t.cols() % width == 0 && (t.row_stride() % width == 0 || t.num_rows() <= 1) &&
+           reinterpret_cast<uintptr_t>(t.raw()) % 16 == 0;
+  };
+  return (... && fits(tensors));
+}
+
+// A grid over the elements of a matrix: every thread owns `width` neighbours of one row, and no
+// block spans two rows, so that the row is found by one division per block.
+struct RowGrid {
+  unsigned blocks_per_row = 0;
+  unsigned blocks = 0;
+  unsigned threads = 0;
+};
+inline RowGrid row_grid(int64_t rows, int64_t cols, int width) {
+  RowGrid grid;
+  const int64_t per_row = (cols + width - 1) / width;  // threads that have work
+  grid.threads = per_row >= 256 ? 256u : 32 * ceil_div(per_row, 32);
+  if (rows == 0 || cols == 0) return grid;
+  grid.blocks_per_row = ceil_div(per_row, grid.threads);
+  CHECK(rows <= INT32_MAX / int64_t(grid.blocks_per_row), "cuda: ", rows, " rows of ", cols,
+        " need more than 2^31 blocks");
+  grid.blocks = unsigned(rows) * grid.blocks_per_row;
+  return grid;
+}
+struct RowPlace {
+  int64_t row, col;
+};
+// Where the calling thread's elements begin; col may lie at or past the end of the row.
+template <int N>
+__device__ inline RowPlace row_place(unsigned blocks_per_row) {
+  const unsigned row = blockIdx.x / blocks_per_row;
+  const unsigned block = blockIdx.x - row * blocks_per_row;
+  return {int64_t(row), (int64_t(block) * blockDim.x + threadIdx.x) * N};
+}
+
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Every lane gets the result; all 32 lanes must call.
@@ -74,6 +137,14 @@ void dispatch_device(DType dtype, F&& f) {
     default:
       fail("cuda: no kernel for dtype ", dtype_name(dtype));
   }
+}
+
+// The same where activations are computed: F32 or BF16. `op` names the caller in the error.
+template <class F>
+void dispatch_activation(const char* op, DType dtype, F&& f) {
+  if (dtype == DType::F32) return f(float{});
+  if (dtype == DType::BF16) return f(bf16{});
+  fail(op, ": dtype is ", dtype_name(dtype), ", wanted F32 or BF16 on the GPU");
 }
 
 // The bytes of a tensor as the device's type.
