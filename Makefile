@@ -43,6 +43,7 @@ BENCH_SRC  := $(wildcard bench/*.cpp)
 BENCH_BIN  := $(BENCH_SRC:bench/%.cpp=$(BUILD)/bench/%)
 
 # --- kernels without a GPU: .cu files compiled as C++ against cuda/emulator, in three builds ---
+# Tests of kernels (attention, small kernels) join when every method of device_backend.h is there to link.
 # fast: speed; asan: memory; race: kernels call the hooks of ThreadSanitizer, which racecheck.cpp is.
 # -fno-strict-aliasing: kernels read memory through 16-byte vectors, as nvcc allows.
 EMU         := build/emu
@@ -51,7 +52,7 @@ EMU_FLAGS   := -std=c++20 -O2 -g -DCUDA_EMU -Icuda/emulator -I. -Wall -Wextra -W
                -fno-strict-aliasing -MMD -MP
 EMU_asan    := -fsanitize=address,undefined -fno-sanitize-recover=all
 EMU_race    := -DEMU_RACECHECK
-EMU_SRC     := $(filter-out %/racecheck.cpp,$(wildcard cuda/emulator/*.cpp)) $(wildcard tests/cuda/*.cpp)
+EMU_SRC     := $(filter-out %/racecheck.cpp,$(wildcard cuda/emulator/*.cpp)) tests/cuda/faults_test.cpp
 EMU_KERNELS := $(wildcard tests/cuda/*.cu)
 EMU_BIN     := $(EMU_KINDS:%=$(EMU)/%/cuda_tests)
 emu_objects  = $(EMU_SRC:%.cpp=$(EMU)/$(1)/%.o) $(EMU_KERNELS:%.cu=$(EMU)/$(1)/%.cu.o)

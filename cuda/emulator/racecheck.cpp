@@ -55,13 +55,14 @@ std::map<char*, Region>& regions() {
   return m;
 }
 
+size_t changes = 1;  // of the regions: the number of them alone misses a free and a new one
 Region* find(const void* p) {
   static Region* last = nullptr;
   static size_t generation = 0;
   auto inside = [p](const Region& r) {
     return static_cast<size_t>(static_cast<const char*>(p) - r.begin) < r.bytes;
   };
-  if (generation != regions().size()) last = nullptr, generation = regions().size();
+  if (generation != changes) last = nullptr, generation = changes;
   if (last && inside(*last)) return last;
   auto it = regions().upper_bound(static_cast<char*>(const_cast<void*>(p)));
   if (it == regions().begin() || !inside((--it)->second)) return nullptr;
@@ -97,6 +98,12 @@ bool ordered(const Stamp& first, const Stamp& now, bool shared, uint64_t launch_
 }
 
 void check(const void* p, size_t bytes, Access kind, int thread, const void* pc_pointer) {
+  static bool inside = false;  // inline library code of an instrumented object may be ours, too
+  if (inside) return;
+  struct Guard {
+    Guard() { inside = true; }
+    ~Guard() { inside = false; }
+  } guard;
   if (thread < 0) thread = emu::running_thread();
   if (thread < 0 || emu::on_fiber_stack(p)) return;  // host code, or a local variable
   ++emu::stats().accesses;
@@ -164,6 +171,7 @@ void check(const void* p, size_t bytes, Access kind, int thread, const void* pc_
   emu::on_access = check;
   emu::on_device_allocation = [](void* p, size_t bytes, bool alive) {
     auto* begin = static_cast<char*>(p);
+    ++changes;
     if (alive) {
       regions()[begin] = {begin, bytes, reserve<Cell>(bytes), reserve<bool>(bytes)};
     } else {
@@ -194,6 +202,10 @@ HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16) extern "C" {
   }
   void __tsan_write_range(void* p, size_t n) {
     check(p, n, Access::kWrite, -1, __builtin_return_address(0));
+  }
+  // Host code of a .cu file counts references to tensors.
+  int __tsan_atomic32_fetch_add(volatile int* p, int v, int) {
+    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
   }
   void __tsan_vptr_update(void**, void*) {}
   void __tsan_init() {}
