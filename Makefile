@@ -43,7 +43,6 @@ BENCH_SRC  := $(wildcard bench/*.cpp)
 BENCH_BIN  := $(BENCH_SRC:bench/%.cpp=$(BUILD)/bench/%)
 
 # --- kernels without a GPU: .cu files compiled as C++ against cuda/emulator, in three builds ---
-# Tests of kernels (attention, small kernels) join when every method of device_backend.h is there to link.
 # fast: speed; asan: memory; race: kernels call the hooks of ThreadSanitizer, which racecheck.cpp is.
 # -fno-strict-aliasing: kernels read memory through 16-byte vectors, as nvcc allows.
 EMU         := build/emu
@@ -52,8 +51,8 @@ EMU_FLAGS   := -std=c++20 -O2 -g -DCUDA_EMU -Icuda/emulator -I. -Wall -Wextra -W
                -fno-strict-aliasing -MMD -MP
 EMU_asan    := -fsanitize=address,undefined -fno-sanitize-recover=all
 EMU_race    := -DEMU_RACECHECK
-EMU_SRC     := $(filter-out %/racecheck.cpp,$(wildcard cuda/emulator/*.cpp)) tests/cuda/faults_test.cpp
-EMU_KERNELS := $(wildcard tests/cuda/*.cu)
+EMU_SRC     := $(filter-out %/racecheck.cpp,$(wildcard cuda/emulator/*.cpp)) $(wildcard tests/cuda/*.cpp)
+EMU_KERNELS := $(wildcard cuda/*.cu tests/cuda/*.cu)
 EMU_BIN     := $(EMU_KINDS:%=$(EMU)/%/cuda_tests)
 emu_objects  = $(EMU_SRC:%.cpp=$(EMU)/$(1)/%.o) $(EMU_KERNELS:%.cu=$(EMU)/$(1)/%.cu.o)
 
@@ -99,13 +98,21 @@ $$(EMU)/$(1)/%.o: %.cpp
 $$(EMU)/$(1)/%.cu.o: %.cu
 	@mkdir -p $$(@D)
 	$$(CXX) $$(EMU_FLAGS) $$(EMU_$(1)) $(if $(filter race,$(1)),-fsanitize=thread) -x c++ -c -o $$@ $$<
-$$(EMU)/$(1)/cuda_tests: $$(call emu_objects,$(1)) $(if $(filter race,$(1)),$$(EMU)/race/cuda/emulator/racecheck.o)
-	$$(CXX) $$(EMU_$(1)) -o $$@ $$^ -lboost_context -lopenblas -lgtest -lgtest_main -pthread
+$$(EMU)/$(1)/cuda_tests: $$(call emu_objects,$(1)) $(if $(filter race,$(1)),$$(EMU)/race/cuda/emulator/racecheck.o) build/libgraft.a
+	$$(CXX) $$(EMU_$(1)) -o $$@ $$^ -lboost_context -lopenblas $$(LIBS) -lgtest -lgtest_main -pthread
 -include $$(patsubst %.o,%.d,$$(call emu_objects,$(1)))
 endef
 $(foreach kind,$(EMU_KINDS),$(eval $(call emu_rules,$(kind))))
 
--include $(LIB_OBJ:.o=.d) $(TEST_OBJ:.o=.d) $(BUILD)/obj/train/main.d $(BENCH_BIN:%=%.d)
+# The same kernels for GPUs; nothing links them yet.
+NVCC     ?= $(firstword $(wildcard $(shell command -v nvcc) /usr/local/cuda/bin/nvcc))
+NVCC_OBJ := $(patsubst %.cu,build/nvcc/%.o,$(wildcard cuda/*.cu) tests/cuda/faulty.cu)
+build/nvcc/%.o: %.cu
+	@mkdir -p $(@D)
+	$(NVCC) -std=c++20 -O3 -I. -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a \
+	  -Werror all-warnings -Xcompiler -Wall -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
+
+-include $(NVCC_OBJ:.o=.d) $(LIB_OBJ:.o=.d) $(TEST_OBJ:.o=.d) $(BUILD)/obj/train/main.d $(BENCH_BIN:%=%.d)
 
 # --- what people run --------------------------------------------------------------------------------
 # demo and test start a second make, so that it sees what the first has installed.
@@ -131,13 +138,9 @@ emulated:  ## run CUDA kernels on the CPU: fast, with a memory checker, with a r
 	@for kind in $(EMU_KINDS); do echo "emulated CUDA, $$kind:"; \
 	  OPENBLAS_NUM_THREADS=1 $(EMU)/$$kind/cuda_tests --gtest_brief=1 $(if $(FILTER),--gtest_filter='$(FILTER)') || exit 1; done
 
-NVCC ?= $(firstword $(wildcard $(shell command -v nvcc) /usr/local/cuda/bin/nvcc))
 nvcc-check:  ## compile the kernels for sm_80 and sm_90a with nvcc
 	@[ -n "$(filter-out none,$(NVCC))" ] || { echo "no nvcc on this machine"; exit 1; }
-	@mkdir -p $(EMU)
-	@for f in $(wildcard cuda/*.cu) tests/cuda/faulty.cu; do echo "nvcc $$f"; \
-	  $(NVCC) -std=c++20 -O3 -I. -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a \
-	    -Werror all-warnings -Xcompiler -Wall -c -o $(EMU)/nvcc.o $$f || exit 1; done
+	@$(MAKE) --no-print-directory -j$(JOBS) $(NVCC_OBJ)
 
 bench:  ## kernels and GEMM against OpenBLAS and the FMA peak of this machine
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"

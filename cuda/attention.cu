@@ -24,8 +24,7 @@ namespace {
 constexpr int kMaxHeadDim = 256;
 constexpr int kLaneDims = kMaxHeadDim / 32;  // elements of a row that a lane of rung 1 holds
 
-// --- rung 1
-// ---------------------------------------------------------------------------------------
+// --- rung 1 --------------------------------------------------------------------------------------
 
 constexpr int kWarps1 = 8;  // rows of a tile, one warp each
 
@@ -146,8 +145,7 @@ __global__ void __launch_bounds__(256)
   if (threadIdx.x % 32 == 0) delta[row % heads * tokens + row / heads] = sum;
 }
 
-// --- rung 2
-// ---------------------------------------------------------------------------------------
+// --- rung 2 --------------------------------------------------------------------------------------
 
 constexpr int kWarps2 = 4;
 constexpr int kWalk = 32;  // rows of a walked tile: one per lane while scores are computed
@@ -361,8 +359,7 @@ __global__ void __launch_bounds__(kWarps2 * 32)
     }
 }
 
-// --- host
-// -----------------------------------------------------------------------------------------
+// --- host ----------------------------------------------------------------------------------------
 
 // Calls f with the template arguments of rung 2 for a head_dim: f(slots, rows).
 template <class F>
@@ -372,14 +369,6 @@ void dispatch_slots(int head_dim, F&& f) {
   if (head_dim <= 64) return f(integral_constant<int, 2>{}, integral_constant<int, 8>{});
   if (head_dim <= 128) return f(integral_constant<int, 4>{}, integral_constant<int, 8>{});
   return f(integral_constant<int, 8>{}, integral_constant<int, 4>{});
-}
-
-// F32 or BF16: what activations may be.
-template <class F>
-void dispatch_activation(DType dtype, F&& f) {
-  if (dtype == DType::F32) return f(float{});
-  if (dtype == DType::BF16) return f(bf16{});
-  fail("attention: dtype is ", dtype_name(dtype), ", wanted f32 or bf16");
 }
 
 // Either half of the backward: dk and dv, or dq.
@@ -434,7 +423,7 @@ Tensor attention_tiles(const Tensor& cu_q, const Tensor& cu_k, int rows, bool ov
 
 void attention_delta(Tensor& delta, const Tensor& dout, const Tensor& out, cudaStream_t stream) {
   const int64_t tokens = out.size(0), heads = out.size(1);
-  dispatch_activation(out.dtype(), [&]<class T>(T) {
+  dispatch_activation("attention", out.dtype(), [&]<class T>(T) {
     launch(attention_delta_kernel<T>, dim3(ceil_div(tokens * heads, 8)), dim3(256), 0, stream,
            device_data<float>(delta), device_data<const T>(dout), device_data<const T>(out), tokens,
            int(heads), int(out.size(2)));
@@ -453,7 +442,7 @@ void attention_forward_rung(int rung, const AttentionForward& f, cudaStream_t st
         f.q.size(2), " for ", dtype_name(f.q.dtype()), "; at most ", kMaxHeadDim);
   if (rung == 3) return attention_forward_3_mma(f, stream);
   const AttentionSizes n = attention_sizes(f.q, f.k, f.scale);
-  dispatch_activation(f.q.dtype(), [&]<class T>(T) {
+  dispatch_activation("attention", f.q.dtype(), [&]<class T>(T) {
     auto start = [&](auto kernel, int rows, int warps, size_t shared) {
       const Tensor tiles = attention_tiles(f.cu_q, f.cu_k, rows, false, stream);
       launch(kernel, dim3(unsigned(tiles.size(0) * n.heads)), dim3(unsigned(warps * 32)), shared,
@@ -475,7 +464,7 @@ void attention_backward_rung(int rung, const AttentionBackward& b, cudaStream_t 
   CHECK(attention_rung_supports(rung, b.q), "attention: variant ", rung, " has no head_dim ",
         b.q.size(2), " for ", dtype_name(b.q.dtype()), "; at most ", kMaxHeadDim);
   if (rung == 3) return attention_backward_3_mma(b, stream);
-  dispatch_activation(b.q.dtype(), [&]<class T>(T) {
+  dispatch_activation("attention", b.q.dtype(), [&]<class T>(T) {
     backward<T, true>(rung, b, stream);
     backward<T, false>(rung, b, stream);
   });

@@ -1,4 +1,4 @@
-// What kernels share: conversions, sums over a warp and a block, 16-byte vectors, and the step from
+// What kernels share: conversions, sums over a warp, 16-byte vectors, and the step from
 // a run-time dtype to the device's type.
 #pragma once
 
@@ -104,24 +104,6 @@ __device__ inline float warp_max(float x) {
   for (int bits = 16; bits > 0; bits /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, bits));
   return x;
 }
-
-// Every thread of the block gets the result; blockDim.x a multiple of 32, block one-dimensional,
-// all threads call. Safe to call again at once.
-template <bool kMax>
-__device__ inline float block_reduce(float x) {
-  SHARED_ARRAY(float, partial, 32);
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int warps = int(blockDim.x) / 32;
-  x = kMax ? warp_max(x) : warp_sum(x);
-  if (lane == 0) partial[warp] = x;
-  __syncthreads();  // every warp's partial result is written
-  float total = partial[0];
-  for (int w = 1; w < warps; ++w) total = kMax ? fmaxf(total, partial[w]) : total + partial[w];
-  __syncthreads();  // nobody reads `partial` any more: the next call may write it
-  return total;
-}
-__device__ inline float block_sum(float x) { return block_reduce<false>(x); }
-__device__ inline float block_max(float x) { return block_reduce<true>(x); }
 
 // Host: dispatch_device(x.dtype(), [&]<class T>(T) { launch(kernel<T>, ...); }) with T one of
 // float, bf16 and __half.

@@ -1,16 +1,12 @@
 // RMSNorm (Zhang & Sennrich 2019) and its gradient, in two variants: 1, a thread per row, is the
 // formula; 2, a warp per row, is what the backend runs. With n = x rstd:
 //   y = n w      dx = rstd (w dy - n mean(n w dy))      dw = sum over rows of dy n
+#include "cuda/rms_norm.h"
+
 #include "cuda/device_backend.h"
 #include "cuda/device_utils.cuh"
 
 namespace graft {
-
-void launch_rms_norm_forward(int variant, Tensor& y, Tensor& rstd, const Tensor& x,
-                             const Tensor& weight, double eps, cudaStream_t stream);
-void launch_rms_norm_dx(int variant, Tensor& dx, const Tensor& dy, const Tensor& x,
-                        const Tensor& weight, const Tensor& rstd, cudaStream_t stream);
-
 namespace {
 
 constexpr int kThreads = 256;

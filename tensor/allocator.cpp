@@ -89,7 +89,8 @@ void* Allocator::allocate(int64_t bytes, Scope scope) {
     pointer = found->second;
     cached_.erase(found);
   } else {
-    const size_t mapped = exact ? size_t(bytes) : size_t((size + kPage - 1) / kPage * kPage);
+    const size_t mapped =
+        exact ? size_t(std::max<int64_t>(bytes, 1)) : size_t((size + kPage - 1) / kPage * kPage);
     pointer = memory_.system_allocate(mapped);
     if (!pointer) {  // what is cached may be just what is missing
       for (auto& [block, p] : cached_) {
@@ -129,7 +130,7 @@ void Allocator::free(void* pointer, int64_t bytes, Scope scope) {
   stats_.live_total -= block_size(bytes);
   if (memory_.exact()) {
     stats_.reserved -= found->second;
-    memory_.system_free(pointer, size_t(bytes));
+    memory_.system_free(pointer, size_t(std::max<int64_t>(bytes, 1)));
     block_bytes_.erase(found);
     return;
   }

@@ -11,16 +11,11 @@
 #include "cuda/cuda_backend.h"
 #include "cuda/device_backend.h"
 #include "cuda/philox.cuh"
+#include "cuda/rms_norm.h"
 #include "tensor/random.h"
 #include "tests/tolerance.h"
 
 namespace graft {
-
-// rms_norm.cu
-void launch_rms_norm_forward(int variant, Tensor& y, Tensor& rstd, const Tensor& x,
-                             const Tensor& weight, double eps, cudaStream_t stream);
-void launch_rms_norm_dx(int variant, Tensor& dx, const Tensor& dy, const Tensor& x,
-                        const Tensor& weight, const Tensor& rstd, cudaStream_t stream);
 
 namespace {
 

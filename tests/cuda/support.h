@@ -11,19 +11,6 @@
 
 namespace graft {
 
-// Skips where no device can be used; finds errors that a kernel left behind.
-class GpuTest : public ::testing::Test {
- protected:
-  void SetUp() override {
-    int n = 0;
-    if (cudaGetDeviceCount(&n) != cudaSuccess || n == 0) GTEST_SKIP() << "no CUDA device";
-  }
-  void TearDown() override {
-    if (IsSkipped()) return;
-    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess) << cudaGetErrorString(cudaGetLastError());
-  }
-};
-
 template <class T>
 class DeviceArray {
  public:
