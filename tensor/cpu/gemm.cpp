@@ -147,6 +147,34 @@ GemmStore store_at(const Product& p, int64_t i, int64_t j) {
   return out;
 }
 
+// Fetches a part of a matrix into the L2 cache, some lines at a time: memory works while the
+// multiply-adds do.
+class Prefetch {
+ public:
+  Prefetch() = default;
+  Prefetch(const GemmMatrix& m, int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t calls)
+      : stride_(m.stride * dtype_size(m.dtype)), rows_(rows) {
+    const int64_t size = dtype_size(m.dtype);
+    row_ = static_cast<const char*>(m.data) + row * stride_ + col * size;
+    lines_ = divide_up(cols * size, kLine) + 1;  // a row may begin in the middle of a line
+    lines_per_call_ = divide_up(rows_ * lines_, calls);
+  }
+  void next_part() {
+    for (int64_t i = 0; i < lines_per_call_ && rows_ > 0; ++i) {
+      __builtin_prefetch(row_ + line_ * kLine, 0, 2);
+      if (++line_ < lines_) continue;
+      line_ = 0;
+      row_ += stride_;
+      --rows_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char* row_ = nullptr;
+  int64_t stride_ = 0, rows_ = 0, lines_ = 0, line_ = 0, lines_per_call_ = 0;
+};
+
 class Gemm {
  public:
   Gemm(const GemmKernels& kernels, ThreadPool& pool, const Product& product)
@@ -193,7 +221,8 @@ class Gemm {
   int64_t tile_stride() const { return (k1_ - k0_) * kMr; }
 
   void pack_rows() {
-    const int64_t per_piece = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, k1_ - k0_));
+    const int64_t per_piece = std::max(8192 / std::max<int64_t>(1, k1_ - k0_),
+                                       divide_up(tiles_, 4 * pool_.num_threads()));
     for_pieces(divide_up(tiles_, per_piece), [&](int64_t piece, int) {
       const int64_t end = std::min(tiles_, (piece + 1) * per_piece);
       for (int64_t tile = piece * per_piece; tile < end; ++tile)
@@ -211,12 +240,13 @@ class Gemm {
     const int64_t tiles = divide_up(tiles_, splits);
     for_pieces(groups * splits, [&](int64_t piece, int thread) {
       const int64_t first = piece % splits * tiles, last = std::min(tiles_, first + tiles);
-      if (first < last) multiply_piece(piece / splits, first, last, workspace().own(thread));
+      const int64_t next = (piece + pool_.num_threads()) / splits;  // most likely this thread's
+      if (first < last) multiply_piece(piece / splits, next, first, last, workspace().own(thread));
     });
   }
 
   // Columns [group * kGroup, + kGroup) of the range, A tiles [first, last).
-  void multiply_piece(int64_t group, int64_t first, int64_t last, float* own) {
+  void multiply_piece(int64_t group, int64_t next_group, int64_t first, int64_t last, float* own) {
     const int64_t nr = kernels_.nr, col0 = group * kGroup;
     const int64_t cols = std::min(kGroup, cols_ - col0), panels = divide_up(cols, nr);
     float* const packed_b = own;
@@ -225,13 +255,18 @@ class Gemm {
     for (int64_t k = k0_; k < k1_; k += kc_) {
       const int64_t kc = std::min(kc_, k1_ - k);
       pack_columns(packed_b, k, kc, n0_ + col0, cols);
+      const int64_t calls = panels * divide_up(last - first, kernels_.tiles_sub);
+      Prefetch ahead =
+          k + kc < k1_ ? prefetch(k + kc, col0, calls) : prefetch(k0_, next_group * kGroup, calls);
       for (int64_t tile = first; tile < last; tile += kernels_.tiles_sub) {
         const int64_t end = std::min(last, tile + kernels_.tiles_sub);
         const int64_t rows = std::min(rows_, end * kMr) - tile * kMr;
-        for (int64_t j = 0; j < panels; ++j)
+        for (int64_t j = 0; j < panels; ++j) {
+          ahead.next_part();
           kernels_.multiply(sums + (j * tiles_ + tile) * kMr * nr,
                             packed_a_ + tile * tile_stride() + (k - k0_) * kMr, tile_stride(),
                             packed_b + j * kc_ * nr, kc, rows, std::min(nr, cols - j * nr), k > 0);
+        }
       }
     }
     if (k1_ < p_.K) return;
@@ -241,6 +276,20 @@ class Gemm {
       (p_.swapped ? kernels_.store_transposed : kernels_.store)(
           out, sums + (j * tiles_ + first) * kMr * nr, rows, std::min(nr, cols - j * nr));
     }
+  }
+
+  // Of what pack_columns will read, the part in the first term.
+  Prefetch prefetch(int64_t k, int64_t col0, int64_t calls) const {
+    const int64_t cols = std::min(kGroup, cols_ - col0), col = n0_ + col0;
+    Prefetch ahead;
+    if (cols <= 0) return ahead;
+    for_terms(p_, k, std::min(k + kc_, k1_),
+              [&](const Term& t, int64_t from, int64_t offset, int64_t count) {
+                if (offset > 0) return;
+                ahead = t.transpose_b ? Prefetch(t.b, col, cols, from, count, calls)
+                                      : Prefetch(t.b, from, count, col, cols, calls);
+              });
+    return ahead;
   }
 
   void pack_columns(float* panels, int64_t k, int64_t kc, int64_t col, int64_t cols) {

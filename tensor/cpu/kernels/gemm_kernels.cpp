@@ -43,6 +43,10 @@ void pack_a_rows(float* tile, const T* a, int64_t stride, int64_t rows, int64_t 
   const Vec8 factor = Vec8::broadcast(alpha);
   if (rows == kMr) {
     for (; k + 8 <= count; k += 8) {
+      if (k * sizeof(T) % 64 == 0) {  // the same place of the next tile's rows
+#pragma GCC unroll 6
+        for (int i = 0; i < 6; ++i) __builtin_prefetch(a + (i + kMr) * stride + k);
+      }
       Vec8 r[8];
 #pragma GCC unroll 6
       for (int i = 0; i < 6; ++i) r[i] = Vec8::load(a + i * stride + k) * factor;
@@ -325,7 +329,7 @@ void dot(float* sums, int64_t sums_stride, const float* x, int64_t m, const Gemm
 extern const GemmKernels gemm_kernels = {
     kNr,
     kLanes == 16 ? 512 : 384,
-    kLanes == 16 ? 128 : 24,
+    kLanes == 16 ? 2 : 24,
     pack_a,
     pack_b,
     multiply,
