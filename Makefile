@@ -34,13 +34,32 @@ ISA_wide16   := -mavx2 -mfma -mf16c -Wno-psabi
 
 KERNEL_SRC := $(wildcard tensor/cpu/kernels/*.cpp)
 LIB_SRC    := $(wildcard tensor/*.cpp tensor/cpu/*.cpp tensor/cpu/reference/*.cpp autograd/*.cpp \
-                nn/*.cpp models/*.cpp) cuda/no_cuda.cpp $(filter-out train/main.cpp,$(wildcard train/*.cpp))
+                nn/*.cpp models/*.cpp) $(filter-out train/main.cpp,$(wildcard train/*.cpp))
 KERNEL_OBJ := $(foreach isa,$(ISAS),$(KERNEL_SRC:%.cpp=$(BUILD)/obj/%.$(isa).o))
 LIB_OBJ    := $(LIB_SRC:%.cpp=$(BUILD)/obj/%.o) $(KERNEL_OBJ)
 TEST_SRC   := $(wildcard tests/*.cpp)
 TEST_OBJ   := $(TEST_SRC:%.cpp=$(BUILD)/obj/%.o)
 BENCH_SRC  := $(wildcard bench/*.cpp)
 BENCH_BIN  := $(BENCH_SRC:bench/%.cpp=$(BUILD)/bench/%)
+
+# --- the device: kernels by nvcc where it is, else a backend that says why there is none [NVCC=none] ---
+NVCC     ?= $(if $(SAN),none,$(firstword $(wildcard $(shell command -v nvcc) /usr/local/cuda/bin/nvcc) none))
+CUDA_SRC := $(filter-out cuda/no_cuda.cpp,$(wildcard cuda/*.cpp))
+ifeq ($(NVCC),none)
+CUDA_OBJ  := $(BUILD)/obj/cuda/no_cuda.o
+CUDA_LIBS :=
+else
+CUDA_HOME := $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
+# The card's own architecture, or two that cover most, and PTX for the rest. sm_90a: Hopper's own instructions.
+CARD      := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
+CUDA_ARCH ?= $(if $(CARD),$(CARD:90=90a),80 90a)
+GENCODE   := $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_80,code=compute_80
+CUDA_OBJ  := $(patsubst %.cu,build/nvcc/%.o,$(wildcard cuda/*.cu)) $(CUDA_SRC:%.cpp=build/nvcc/%.o)
+CUDA_LIBS := -L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt
+endif
+# libgraft.a and the device need each other.
+GRAFT     := $(BUILD)/libgraft.a $(BUILD)/libgraft_cuda.a
+GRAFT_LIBS = -Wl,--start-group $(GRAFT) -Wl,--end-group $(CUDA_LIBS) $(LIBS)
 
 # --- kernels without a GPU: .cu files compiled as C++ against cuda/emulator, in three builds ---
 # fast: speed; asan: memory; race: kernels call the hooks of ThreadSanitizer, which racecheck.cpp is.
@@ -51,13 +70,15 @@ EMU_FLAGS   := -std=c++20 -O2 -g -DCUDA_EMU -Icuda/emulator -I. -Wall -Wextra -W
                -fno-strict-aliasing -MMD -MP
 EMU_asan    := -fsanitize=address,undefined -fno-sanitize-recover=all
 EMU_race    := -DEMU_RACECHECK
-EMU_SRC     := $(filter-out %/racecheck.cpp,$(wildcard cuda/emulator/*.cpp)) $(wildcard tests/cuda/*.cpp)
-EMU_KERNELS := $(wildcard cuda/*.cu tests/cuda/*.cu)
-EMU_BIN     := $(EMU_KINDS:%=$(EMU)/%/cuda_tests)
-emu_objects  = $(EMU_SRC:%.cpp=$(EMU)/$(1)/%.o) $(EMU_KERNELS:%.cu=$(EMU)/$(1)/%.cu.o)
+EMU_SRC     := $(filter-out %/racecheck.cpp,$(wildcard cuda/emulator/*.cpp)) $(CUDA_SRC)
+EMU_TESTS   := $(wildcard tests/cuda/*.cpp tests/cuda/*.cu) tests/op_cases.cpp
+EMU_BIN     := $(EMU_KINDS:%=$(EMU)/%/cuda_tests) $(EMU)/fast/graft
+emu_names    = $(patsubst %.cu,$(EMU)/$(1)/%.cu.o,$(patsubst %.cpp,$(EMU)/$(1)/%.o,$(2)))
+emu_backend  = $(call emu_names,$(1),$(EMU_SRC) $(wildcard cuda/*.cu)) $(if $(filter race,$(1)),$(EMU)/race/cuda/emulator/racecheck.o)
+emu_tests    = $(call emu_names,$(1),$(EMU_TESTS))
 
 .DEFAULT_GOAL := all
-.PHONY: all help deps demo demo-base test emulated nvcc-check bench bench-peers check format clean install-packages
+.PHONY: all help deps demo demo-base test emulated bench bench-peers check format clean install-packages
 
 all: $(BUILD)/graft  ## build build/graft
 
@@ -66,19 +87,24 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## +/\t/' | expand -t 14 | sed 's/^/  /'
 
 # --- build ----------------------------------------------------------------------------------------
-$(BUILD)/graft: $(BUILD)/obj/train/main.o $(BUILD)/libgraft.a
-	$(CXX) $(ALLFLAGS) -o $@ $^ $(LIBS)
+$(BUILD)/graft: $(BUILD)/obj/train/main.o $(GRAFT)
+	$(CXX) $(ALLFLAGS) -o $@ $< $(GRAFT_LIBS)
+	@$(if $(filter none,$(NVCC)),echo "built for the CPU: $(if $(SAN),sanitizer build,no nvcc on this machine)")
 
 $(BUILD)/libgraft.a: $(LIB_OBJ)
 	@rm -f $@
 	ar rcs $@ $^
 
-$(BUILD)/graft_tests: $(TEST_OBJ) $(BUILD)/libgraft.a
-	$(CXX) $(ALLFLAGS) -o $@ $(TEST_OBJ) $(BUILD)/libgraft.a $(LIBS) -lgtest -lopenblas
+$(BUILD)/libgraft_cuda.a: $(CUDA_OBJ)
+	@rm -f $@
+	ar rcs $@ $^
 
-$(BUILD)/bench/%: bench/%.cpp $(BUILD)/libgraft.a
+$(BUILD)/graft_tests: $(TEST_OBJ) $(GRAFT)
+	$(CXX) $(ALLFLAGS) -o $@ $(TEST_OBJ) $(GRAFT_LIBS) -lgtest -lopenblas
+
+$(BUILD)/bench/%: bench/%.cpp $(GRAFT)
 	@mkdir -p $(@D)
-	$(CXX) $(ALLFLAGS) -MF $@.d -MT $@ -o $@ $< $(BUILD)/libgraft.a $(LIBS) -lbenchmark -lopenblas
+	$(CXX) $(ALLFLAGS) -MF $@.d -MT $@ -o $@ $< $(GRAFT_LIBS) -lbenchmark -lopenblas
 
 $(BUILD)/obj/%.o: %.cpp
 	@mkdir -p $(@D)
@@ -98,21 +124,23 @@ $$(EMU)/$(1)/%.o: %.cpp
 $$(EMU)/$(1)/%.cu.o: %.cu
 	@mkdir -p $$(@D)
 	$$(CXX) $$(EMU_FLAGS) $$(EMU_$(1)) $(if $(filter race,$(1)),-fsanitize=thread) -x c++ -c -o $$@ $$<
-$$(EMU)/$(1)/cuda_tests: $$(call emu_objects,$(1)) $(if $(filter race,$(1)),$$(EMU)/race/cuda/emulator/racecheck.o) build/libgraft.a
+$$(EMU)/$(1)/cuda_tests: $$(call emu_backend,$(1)) $$(call emu_tests,$(1)) build/libgraft.a
 	$$(CXX) $$(EMU_$(1)) -o $$@ $$^ -lboost_context -lopenblas $$(LIBS) -lgtest -lgtest_main -pthread
--include $$(patsubst %.o,%.d,$$(call emu_objects,$(1)))
+$$(EMU)/$(1)/graft: build/obj/train/main.o $$(call emu_backend,$(1)) build/libgraft.a
+	$$(CXX) $$(EMU_$(1)) -o $$@ $$^ -lboost_context -lopenblas $$(LIBS)
+-include $$(patsubst %.o,%.d,$$(call emu_backend,$(1)) $$(call emu_tests,$(1)))
 endef
 $(foreach kind,$(EMU_KINDS),$(eval $(call emu_rules,$(kind))))
 
-# The same kernels for GPUs; nothing links them yet.
-NVCC     ?= $(firstword $(wildcard $(shell command -v nvcc) /usr/local/cuda/bin/nvcc))
-NVCC_OBJ := $(patsubst %.cu,build/nvcc/%.o,$(wildcard cuda/*.cu) tests/cuda/faulty.cu)
+# The same kernels for GPUs.
 build/nvcc/%.o: %.cu
 	@mkdir -p $(@D)
-	$(NVCC) -std=c++20 -O3 -I. -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a \
-	  -Werror all-warnings -Xcompiler -Wall -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
+	$(NVCC) -std=c++20 -O3 -I. $(GENCODE) -Werror all-warnings -Xcompiler -Wall -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
+build/nvcc/%.o: %.cpp
+	@mkdir -p $(@D)
+	$(CXX) $(ALLFLAGS) -isystem $(CUDA_HOME)/include -c -o $@ $<
 
--include $(NVCC_OBJ:.o=.d) $(LIB_OBJ:.o=.d) $(TEST_OBJ:.o=.d) $(BUILD)/obj/train/main.d $(BENCH_BIN:%=%.d)
+-include $(CUDA_OBJ:.o=.d) $(LIB_OBJ:.o=.d) $(TEST_OBJ:.o=.d) $(BUILD)/obj/train/main.d $(BENCH_BIN:%=%.d)
 
 # --- what people run --------------------------------------------------------------------------------
 # demo and test start a second make, so that it sees what the first has installed.
@@ -129,7 +157,7 @@ demo-base:  ## train the bundled base model again from random weights, into mode
 test:  ## install what is missing, build and run every test [SAN=asan] [FILTER=Tape.*]
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
 	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/graft $(BUILD)/graft_tests $(EMU_BIN)
-	@$(MAKE) --no-print-directory emulated $(if $(filter-out none,$(NVCC)),nvcc-check)
+	@$(MAKE) --no-print-directory emulated
 	GRAFT_BINARY=$(BUILD)/graft $(BUILD)/graft_tests --gtest_brief=1 $(if $(FILTER),--gtest_filter='$(FILTER)')
 
 emulated:  ## run CUDA kernels on the CPU: fast, with a memory checker, with a race checker [FILTER=Faults.*]
@@ -137,10 +165,6 @@ emulated:  ## run CUDA kernels on the CPU: fast, with a memory checker, with a r
 	@$(MAKE) --no-print-directory -j$(JOBS) $(EMU_BIN)
 	@for kind in $(EMU_KINDS); do echo "emulated CUDA, $$kind:"; \
 	  OPENBLAS_NUM_THREADS=1 $(EMU)/$$kind/cuda_tests --gtest_brief=1 $(if $(FILTER),--gtest_filter='$(FILTER)') || exit 1; done
-
-nvcc-check:  ## compile the kernels for sm_80 and sm_90a with nvcc
-	@[ -n "$(filter-out none,$(NVCC))" ] || { echo "no nvcc on this machine"; exit 1; }
-	@$(MAKE) --no-print-directory -j$(JOBS) $(NVCC_OBJ)
 
 bench:  ## kernels and GEMM against OpenBLAS and the FMA peak of this machine
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"

@@ -35,7 +35,7 @@ struct Loss {
   double scale;
   Tensor dhidden, dweight;  // undefined where not wanted
   Tensor token_losses;      // (T), undefined where not wanted
-  double sum = 0;           // of the losses, in row order
+  Tensor total;             // one F64: scale times the sum of the losses
 };
 
 // One chunk: logits, losses, and while the logits are there the gradients that come from them.
@@ -46,7 +46,10 @@ void add_chunk(Loss& loss, const Tensor& rows, const Tensor& labels) {
   const DType dtype = loss.hidden.dtype();
   Tensor h = Tensor::empty({n, loss.hidden.size(1)}, dtype, device, Scope::Scratch);
   backend.gather_rows(h, loss.hidden, rows);
-  Tensor logits = Tensor::empty({n, loss.weight.size(0)}, wide(dtype), device, Scope::Scratch);
+  // On the GPU logits have the dtype of the activations, as in PyTorch: their gradient is then
+  // multiplied on tensor cores as it lies.
+  const DType logits_dtype = device == Device::CUDA ? dtype : wide(dtype);
+  Tensor logits = Tensor::empty({n, loss.weight.size(0)}, logits_dtype, device, Scope::Scratch);
   const GemmTerm head{.a = h, .b = loss.weight, .transpose_b = true};
   backend.gemm(logits, {&head, 1});
   Tensor losses = Tensor::empty({n}, wide(dtype), device, Scope::Scratch);
@@ -65,17 +68,16 @@ void add_chunk(Loss& loss, const Tensor& rows, const Tensor& labels) {
     Tensor as_rows = loss.token_losses.reshape({loss.token_losses.size(0), 1});
     backend.scatter_add_rows(as_rows, losses.reshape({n, 1}), rows);
   }
-  if (device == Device::CPU)
-    for (double value : losses.to_doubles()) loss.sum += value;
+  backend.add_sum(loss.total, losses, loss.scale);
 }
 
 // The gradients made in the forward, times dy: 1 where the loss itself is what backward() starts
 // from.
 Tensor times(const Tensor& grad, const Tensor& dy) {
-  const double factor = dy.device() == Device::CPU ? dy.item() : 1;
-  if (!grad.defined() || factor == 1) return grad;
+  if (!grad.defined() || dy.device() == Device::Meta) return grad;
+  if (dy.device() == Device::CPU && dy.item() == 1) return grad;
   Tensor scaled = reuse_or_empty(grad);
-  backend_of(grad).scale(scaled, grad, factor);
+  backend_of(grad).scale_by(scaled, grad, dy);
   return scaled;
 }
 
@@ -91,9 +93,13 @@ Variable linear_cross_entropy(const Variable& hidden, const Variable& weight, co
   check_indices(op, "labels", labels, hidden.value());
   CHECK(labels.size(0) == hidden.shape()[0], op, ": hidden is ", hidden.shape(), " but labels is ",
         labels.shape());
+  if (chunk_rows == 0)
+    chunk_rows = hidden.value().device() == Device::CUDA ? kLossChunkRowsGpu : kLossChunkRows;
   CHECK(chunk_rows > 0, op, ": chunk_rows is ", chunk_rows, ", wanted at least 1");
   const DType dtype = wide(hidden.value().dtype());
-  Loss loss{hidden.value(), weight.value(), scale, {}, {}, {}};
+  Loss loss{hidden.value(), weight.value(), scale, {}, {}, {}, {}};
+  loss.total = Tensor::empty({}, DType::F64, hidden.value().device());
+  backend_of(loss.total).fill(loss.total, 0);
   if (recording() && needs_grad(hidden))
     loss.dhidden = zeros_like(hidden.value(), hidden.value().dtype());
   if (recording() && needs_grad(weight)) loss.dweight = zeros_like(weight.value(), dtype);
@@ -107,9 +113,7 @@ Variable linear_cross_entropy(const Variable& hidden, const Variable& weight, co
     const int64_t end = std::min(rows.count, begin + chunk_rows);
     add_chunk(loss, rows.rows.slice_rows(begin, end), rows.labels.slice_rows(begin, end));
   }
-  Tensor y = Tensor::empty({}, dtype, hidden.value().device());
-  backend_of(hidden.value()).fill(y, scale * loss.sum);
-  return record(op, std::move(y), {hidden, weight},
+  return record(op, loss.total.to(dtype), {hidden, weight},
                 [dhidden = loss.dhidden, dweight = loss.dweight](const Tensor& dy, const Needs&) {
                   return std::vector<Tensor>{times(dhidden, dy), times(dweight, dy)};
                 });

@@ -95,7 +95,7 @@ Tensor lora_input_grad(const LoraSaved& s, const Tensor& dy, const Tensor& du) {
 std::vector<Tensor> lora_backward(const LoraSaved& s, const Tensor& dy, const Needs& needs) {
   Tensor dx, dw, dbias, da, db, du;
   if (needs[0] || needs[3]) {
-    du = Tensor::empty({dy.size(0), s.a.size(0)}, wide(dy.dtype()), dy.device(), Scope::Scratch);
+    du = Tensor::empty({dy.size(0), s.a.size(0)}, low_rank_dtype(dy), dy.device(), Scope::Scratch);
     const GemmTerm term{.a = dy, .b = s.b, .alpha = s.scaling};
     backend_of(dy).gemm(du, {&term, 1});
   }
@@ -127,7 +127,7 @@ Variable lora_linear(const Variable& x, const Variable& weight, const Variable& 
   LoraSaved saved{
       {},      {}, weight.value(), lora.a.value(), lora.b.value(), lora.scaling, lora.dropout_p,
       lora.key};
-  Tensor u = Tensor::empty({in.size(0), saved.a.size(0)}, wide(in.dtype()), in.device());
+  Tensor u = Tensor::empty({in.size(0), saved.a.size(0)}, low_rank_dtype(in), in.device());
   {
     const GemmTerm term{
         .a = dropped(in, lora.dropout_p, lora.key), .b = saved.a, .transpose_b = true};

@@ -9,6 +9,12 @@ namespace graft::ops {
 // Statistics and gradients of parameters: F64 in a gradient check, else F32.
 inline DType wide(DType dtype) { return dtype == DType::F64 ? DType::F64 : DType::F32; }
 
+// u = x A^T and its gradient: F32, but on the GPU in the dtype of x, for tensor cores want their
+// operands in one.
+inline DType low_rank_dtype(const Tensor& x) {
+  return x.device() == Device::CUDA ? x.dtype() : wide(x.dtype());
+}
+
 // An activation: F32, BF16 or F64, of the given rank (0: any).
 inline void check_activation(const char* op, const char* what, const Variable& x, int rank) {
   CHECK(x.defined(), op, ": ", what, " is undefined");

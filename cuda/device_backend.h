@@ -3,6 +3,7 @@
 // stream; no method waits for the device, except those that return a number or copy to the host.
 #pragma once
 
+#include <cublas_v2.h>
 #include <cuda_runtime.h>
 
 #include "tensor/backend.h"
@@ -22,6 +23,8 @@ class CudaBackend final : public Backend {
   void add(Tensor& y, const Tensor& a, const Tensor& b) override;
   void axpy(Tensor& y, const Tensor& x, double alpha) override;
   void scale(Tensor& y, const Tensor& x, double alpha) override;
+  void scale_by(Tensor& y, const Tensor& x, const Tensor& factor) override;
+  void add_sum(Tensor& total, const Tensor& x, double alpha) override;
   void sum_rows(Tensor& db, const Tensor& dy, bool accumulate) override;
 
   // gemm.cu (over blas.h)
@@ -75,7 +78,12 @@ class CudaBackend final : public Backend {
   // is on the device already is returned as it is. elementwise.cu.
   Tensor on_device(const Tensor& indices);
 
+  // c = beta c + alpha op(a) op(b), by one call of cuBLAS. gemm.cu.
+  void add_product(Tensor& c, const GemmTerm& term, float beta);
+
   cudaStream_t stream_ = nullptr;
+  cublasHandle_t cublas_ = nullptr;
+  Tensor workspace_;  // cuBLAS's
 };
 
 }  // namespace graft

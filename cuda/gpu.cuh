@@ -51,6 +51,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cu
   extern __shared__ __align__(128) unsigned char dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(dynamic_shared)
 
+#if defined(__CUDACC__)  // host files may include this one for CUDA_CHECK
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             A&&... args) {
@@ -63,6 +64,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cu
   // clang-format on
   CUDA_CHECK(cudaGetLastError());
 }
+#endif
 
 #endif
 

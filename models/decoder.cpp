@@ -182,10 +182,12 @@ Variable Decoder::forward(const PackedBatch& batch, const ForwardContext& contex
   }
   reserve_positions(positions);
   Variable x = embed(batch.input_ids);
+  PackedBatch here = batch;  // once for all layers
+  if (device_ == Device::CUDA) here.positions = batch.positions.to(device_);
   for (const DecoderLayer& layer : layers) {
     // By value: the closure of a checkpoint outlives this call.
-    auto block = [this, &layer, batch, context](const Variable& input) {
-      return layer_forward(layer, input, batch, context);
+    auto block = [this, &layer, here, context](const Variable& input) {
+      return layer_forward(layer, input, here, context);
     };
     x = gradient_checkpointing ? checkpoint(std::move(block), x) : block(x);
   }
@@ -229,7 +231,8 @@ Tensor Decoder::forward_cached(const std::vector<int32_t>& ids, KvCache& cache) 
   reserve_positions(after);
   std::vector<int32_t> numbers(ids.size());
   for (int64_t t = 0; t < tokens; ++t) numbers[size_t(t)] = int32_t(before + t);
-  const Tensor positions = Tensor::from_ints({tokens}, numbers);
+  Tensor positions = Tensor::from_ints({tokens}, numbers);
+  if (device_ == Device::CUDA) positions = positions.to(device_);
   const Tensor cu_q = Tensor::from_ints({2}, {0, int32_t(tokens)});
   const Tensor cu_k = Tensor::from_ints({2}, {0, int32_t(after)});
   const ForwardContext context;

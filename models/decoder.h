@@ -51,9 +51,10 @@ class Decoder {
 
   const ModelConfig& config() const { return config_; }
   DType compute_dtype() const { return compute_dtype_; }
+  Device device() const { return device_; }
 
   // Hidden states after the final norm, (T, H). With checkpointing each layer is recomputed in the
-  // backward.
+  // backward. The batch lies on the CPU, wherever the model is.
   Variable forward(const PackedBatch& batch, const ForwardContext& context,
                    bool gradient_checkpointing = false);
   // scale * sum of the cross-entropy over labelled rows (see ops::linear_cross_entropy).

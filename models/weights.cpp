@@ -205,8 +205,8 @@ void check_memory(int64_t bytes, DType dtype, const std::string& directory) {
 // Gives every parameter of the model its tensor from the checkpoint.
 class Loader : public Visitor {
  public:
-  Loader(const std::string& directory, const Checkpoint& checkpoint, DType compute)
-      : directory_(directory), checkpoint_(checkpoint), compute_(compute) {}
+  Loader(const std::string& directory, const Checkpoint& checkpoint, DType compute, Device device)
+      : directory_(directory), checkpoint_(checkpoint), compute_(compute), device_(device) {}
 
   // First pass: names, shapes, dtypes; nothing is read or allocated before all are right.
   void parameter(const std::string& name, Variable& value) override {
@@ -248,19 +248,21 @@ class Loader : public Visitor {
   }
 
   void fill() const {
-    check_memory(copied_bytes_, compute_, directory_);
+    if (device_ == Device::CPU) check_memory(copied_bytes_, compute_, directory_);
     for (const auto& [stored, value] : planned_) {
       const Tensor tensor = checkpoint_.tensor(stored);
       CHECK(all_finite(tensor), checkpoint_.file_of(stored)->path(), ": tensor '", stored,
             "' holds NaN or infinity; the file is damaged, download it again");
       const DType kept = kept_dtype(tensor.dtype(), compute_);
-      if (kept == tensor.dtype()) {
+      if (device_ == Device::CPU && kept == tensor.dtype()) {
         value->set_value(tensor);
         continue;
       }
-      Tensor rounded = Tensor::empty(tensor.shape(), kept, Device::CPU, Scope::Weights);
-      backend_of(rounded).copy(rounded, tensor);
-      value->set_value(rounded);
+      const bool on_gpu = device_ == Device::CUDA;
+      Tensor copied =
+          Tensor::empty(tensor.shape(), on_gpu ? compute_ : kept, device_, Scope::Weights);
+      backend_of(copied).copy(copied, tensor);
+      value->set_value(copied);
     }
   }
 
@@ -274,6 +276,7 @@ class Loader : public Visitor {
   const std::string& directory_;
   const Checkpoint& checkpoint_;
   DType compute_;
+  Device device_;
   bool tied_ = false;
   int64_t copied_bytes_ = 0;
   std::vector<Planned> planned_;
@@ -282,7 +285,8 @@ class Loader : public Visitor {
 
 }  // namespace
 
-std::unique_ptr<Decoder> load_model(const std::string& directory, std::optional<DType> dtype) {
+std::unique_ptr<Decoder> load_model(const std::string& directory, std::optional<DType> dtype,
+                                    Device device) {
   CHECK(fs::is_directory(directory), directory, ": not a directory; wanted that of a model");
   ModelConfig config = ModelConfig::load(directory);
   const Checkpoint checkpoint(directory);
@@ -295,8 +299,8 @@ std::unique_ptr<Decoder> load_model(const std::string& directory, std::optional<
       !same_bytes(checkpoint.tensor(embed), checkpoint.tensor(head)))
     config.tie_word_embeddings = false;
 
-  auto model = std::make_unique<Decoder>(config, compute);
-  Loader loader(directory, checkpoint, compute);
+  auto model = std::make_unique<Decoder>(config, compute, device);
+  Loader loader(directory, checkpoint, compute, device);
   loader.set_tied(config.tie_word_embeddings);
   model->visit("", loader);
   loader.check_left_over();
@@ -310,7 +314,7 @@ void widen_weights(Decoder& model) {
     DType dtype;
     void parameter(const std::string&, Variable& value) override {
       if (value.value().dtype() == dtype) return;
-      Tensor wide = Tensor::empty(value.shape(), dtype, Device::CPU, Scope::Weights);
+      Tensor wide = Tensor::empty(value.shape(), dtype, value.value().device(), Scope::Weights);
       backend_of(wide).copy(wide, value.value());
       value.set_value(wide);
     }
@@ -349,7 +353,8 @@ struct RandomInit : Visitor {
   Device device;
 
   void parameter(const std::string& name, Variable& value) override {
-    Tensor tensor = Tensor::empty(value.shape(), dtype, device, Scope::Weights);
+    const Device drawn_on = device == Device::CUDA ? Device::CPU : device;
+    Tensor tensor = Tensor::empty(value.shape(), dtype, drawn_on, Scope::Weights);
     const uint64_t mine = number++;
     if (device != Device::Meta) {
       if (tensor.rank() == 2)
@@ -357,7 +362,7 @@ struct RandomInit : Visitor {
       else
         backend_of(tensor).fill(tensor, name.find("norm") != std::string::npos ? 1 : 0);
     }
-    value.set_value(tensor);
+    value.set_value(tensor.to(device, Scope::Weights));
   }
 };
 

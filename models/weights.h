@@ -18,9 +18,11 @@ std::string resolve_model(const std::string& model);
 // in place where the file's dtype is the one asked for; F16 files compute in F32 and stay F16 in
 // memory; asked for another dtype, weights are rounded once.
 //   dtype: F32 or BF16; unset: the file's (F16: F32)
+//   device: on the GPU weights are a copy, in the dtype that is computed in
 // Every tensor must have the shape that the config implies; NaN and infinity are refused; a missing
 // or left-over tensor is named.
-std::unique_ptr<Decoder> load_model(const std::string& directory, std::optional<DType> dtype = {});
+std::unique_ptr<Decoder> load_model(const std::string& directory, std::optional<DType> dtype = {},
+                                    Device device = Device::CPU);
 
 // Copies weights that are kept in another dtype than the model computes in (a BF16 or F16 file in
 // F32) into that dtype. For full training, where they are to be changed by less than their own

@@ -106,11 +106,9 @@ void fill_uniform(const Tensor& t, Random& random, double bound) {
     t.data<float>()[i] = float((2.0 * random.uniform() - 1.0) * bound);
 }
 
-void initialise(LoraPair& pair, LoraConfig::Init init, uint64_t seed) {
-  const Tensor& a = pair.a.value();
-  const Tensor& b = pair.b.value();
+// a (r, in) and b (out, r), on the CPU.
+void initialise(Tensor& a, Tensor& b, const LoraPair& pair, LoraConfig::Init init, uint64_t seed) {
   const int64_t r = a.size(0), in_features = a.size(1);
-  if (a.device() == Device::Meta) return;
   Random random(seed, 0x10aa000000000000u + pair.module);  // a stream of its own for each layer
   if (init == LoraConfig::Init::Gaussian) {
     for (int64_t i = 0; i < a.num_elements(); ++i)
@@ -199,15 +197,19 @@ std::vector<LoraTarget> attach_lora(const std::vector<NamedLinear>& layers,
     Linear& linear = *layer->linear;
     const Device device = linear.weight.value().device();
     auto pair = std::make_unique<LoraPair>();
-    pair->a = Variable(
-        Tensor::zeros({target.r, linear.in_features()}, DType::F32, device, Scope::Adapters), true);
-    pair->b = Variable(
-        Tensor::zeros({linear.out_features(), target.r}, DType::F32, device, Scope::Adapters),
-        true);
+    // Drawn on the CPU, so that the same seed starts from the same numbers everywhere.
+    const Device drawn_on = device == Device::CUDA ? Device::CPU : device;
+    const auto zeros = [&](Shape shape) {
+      return Tensor::zeros(shape, DType::F32, drawn_on, Scope::Adapters);
+    };
+    Tensor a = zeros({target.r, linear.in_features()}),
+           b = zeros({linear.out_features(), target.r});
     pair->scaling = target.scaling;
     pair->dropout_p = config.lora_dropout;
     pair->module = module++;
-    initialise(*pair, config.init_lora_weights, seed);
+    if (device != Device::Meta) initialise(a, b, *pair, config.init_lora_weights, seed);
+    pair->a = Variable(a.to(device, Scope::Adapters), true);
+    pair->b = Variable(b.to(device, Scope::Adapters), true);
     linear.lora = std::move(pair);
   }
   return targets;

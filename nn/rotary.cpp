@@ -86,7 +86,8 @@ RotaryFrequencies rotary_frequencies(const RopeConfig& config, int64_t head_dim)
 Tensor rotary_table(const RotaryFrequencies& frequencies, int64_t positions, DType dtype,
                     Device device) {
   const int64_t half = int64_t(frequencies.inv_freq.size());
-  Tensor table = Tensor::empty({positions, 2 * half}, dtype, device, Scope::Weights);
+  const Device made_on = device == Device::CUDA ? Device::CPU : device;
+  Tensor table = Tensor::empty({positions, 2 * half}, dtype, made_on, Scope::Weights);
   if (device == Device::Meta) return table;
   const auto fill = [&]<class T>(T* values) {
     for (int64_t p = 0; p < positions; ++p)
@@ -100,7 +101,7 @@ Tensor rotary_table(const RotaryFrequencies& frequencies, int64_t positions, DTy
     fill(table.data<double>());
   else
     fill(table.data<float>());
-  return table;
+  return table.to(device, Scope::Weights);
 }
 
 }  // namespace graft

@@ -52,12 +52,17 @@ class Backend {
   virtual void axpy(Tensor& y, const Tensor& x, double alpha) = 0;
   // y = alpha * x; y may be x.
   virtual void scale(Tensor& y, const Tensor& x, double alpha) = 0;
+  // y = factor * x, the factor a scalar on the device of x (F32 or F64): it need not be known here.
+  virtual void scale_by(Tensor& y, const Tensor& x, const Tensor& factor) = 0;
+  // total += alpha * sum of x. total a scalar F64; x dense F32 or F64; summed in F64, fixed order.
+  virtual void add_sum(Tensor& total, const Tensor& x, double alpha) = 0;
 
   // c (M, N) = addend + bias + sum of the terms; accumulated in F32, rounded once to c's dtype.
   //   addend (M, N) of c's dtype or undefined; it may be c itself (accumulate)
   //   bias   (N), any float dtype, or undefined, added to every row
   // One or two terms: two are the base product and the low-rank product of a LoRA layer in one
-  // pass. Rows of c, addend, a and b may be strided.
+  // pass. Rows of c, addend, a and b may be strided. On the GPU operands are multiplied in a's
+  // dtype (b is rounded to it), and c is rounded after each term.
   virtual void gemm(Tensor& c, std::span<const GemmTerm> terms, const Tensor& addend = {},
                     const Tensor& bias = {}) = 0;
   // db (N) F32 += or = sum over rows of dy (M, N).
@@ -105,7 +110,7 @@ class Backend {
   virtual void swiglu_backward(Tensor& dgate, Tensor& dup, const Tensor& dy, const Tensor& gate,
                                const Tensor& up) = 0;
 
-  // For each row n of a chunk of logits (N, V) F32 with label labels[n] in [0, V):
+  // For each row n of a chunk of logits (N, V), F32 or BF16, with label labels[n] in [0, V):
   // losses[n] (N, F32) = logsumexp(logits[n]) - logits[n][label]; and, where with_gradient, the
   // logits are overwritten by (softmax(logits[n]) - onehot(label)) * scale.
   virtual void cross_entropy(Tensor& losses, Tensor& logits, const Tensor& labels, double scale,

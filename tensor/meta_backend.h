@@ -14,6 +14,8 @@ class MetaBackend final : public Backend {
   void add(Tensor&, const Tensor&, const Tensor&) override {}
   void axpy(Tensor&, const Tensor&, double) override {}
   void scale(Tensor&, const Tensor&, double) override {}
+  void scale_by(Tensor&, const Tensor&, const Tensor&) override {}
+  void add_sum(Tensor&, const Tensor&, double) override {}
   void gemm(Tensor&, std::span<const GemmTerm>, const Tensor&, const Tensor&) override {}
   void sum_rows(Tensor&, const Tensor&, bool) override {}
   void embedding_forward(Tensor&, const Tensor&, const Tensor&) override {}

@@ -257,7 +257,7 @@ void write_safetensors(const std::string& path, std::vector<NamedTensor> tensors
   file.write(length, 8);
   file.write(text.data(), int64_t(text.size()));
   for (const auto& [name, tensor] : tensors) {
-    Tensor dense = tensor.to(stored(tensor), Scope::Scratch);
+    Tensor dense = tensor.to(stored(tensor), Scope::Scratch).to(Device::CPU, Scope::Scratch);
     if (!dense.is_contiguous()) dense = dense.clone(Scope::Scratch);
     if (dense.num_bytes() > 0) file.write(dense.raw(), dense.num_bytes());
   }

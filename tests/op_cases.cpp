@@ -88,7 +88,8 @@ std::vector<OpCase> elementwise_cases(const OpSizes& s) {
       {"rope",
        {{kX, {T, s.heads, s.D}}},
        [T, s](const Inputs& in, DType dtype) {
-         return ops::rope(in[0], random_ids(T, 2 * T, 4), rotary_table(2 * T, s.D, dtype));
+         return ops::rope(in[0], random_ids(T, 2 * T, 4),
+                          rotary_table(2 * T, s.D, dtype).to(in[0].value().device()));
        }},
   };
 }

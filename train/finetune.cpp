@@ -10,6 +10,7 @@
 #include "tensor/thread_pool.h"
 #include "train/checkpoint.h"
 #include "train/data_loader.h"
+#include "train/device_choice.h"
 #include "train/report.h"
 #include "train/run_setup.h"
 
@@ -47,7 +48,7 @@ struct StepOutcome {
 class Run {
  public:
   Run(TrainOptions& options, const TrainData& data, const RunControl& control,
-      const std::string& model_dir);
+      const std::string& model_dir, Device device);
   TrainResult train();
 
  private:
@@ -77,13 +78,13 @@ class Run {
 };
 
 Run::Run(TrainOptions& options, const TrainData& data, const RunControl& control,
-         const std::string& model_dir)
+         const std::string& model_dir, Device device)
     : options_(options),
       data_(data),
       control_(control),
       model_dir_(model_dir),
-      model_(prepare_model(options, model_dir)),
-      parameters_(trained_leaves(*model_, options.method), Device::CPU,
+      model_(prepare_model(options, model_dir, device)),
+      parameters_(trained_leaves(*model_, options.method), device,
                   options.method == TrainOptions::Method::Full ? Scope::Weights : Scope::Adapters),
       loader_(data.train, {.batch_size = options.per_device_train_batch_size,
                            .accumulation_steps = options.gradient_accumulation_steps,
@@ -231,7 +232,9 @@ void Run::log_step(int64_t step, const StepOutcome& outcome) {
   metrics.num_tokens = state_.num_tokens;
   metrics.num_label_tokens = state_.num_label_tokens;
   metrics.tokens_per_second = double(unlogged_tokens_) / unlogged_seconds_;
-  metrics.peak_memory_bytes = peak_memory_bytes();
+  metrics.peak_memory_bytes = model_->device() == Device::CUDA
+                                  ? allocator_of(Device::CUDA).stats().reserved_peak
+                                  : peak_memory_bytes();
   metrics.seconds_left =
       train_seconds_ / double(step - first_step_ + 1) * double(schedule_.total_steps - step);
   report_->step(metrics);
@@ -292,7 +295,10 @@ TrainResult run(TrainOptions options, TrainData data, const RunControl& control,
   if (const int64_t longest = data.train.longest_row(); longest > config.max_position_embeddings)
     console.line(concat("note: rows of up to ", longest, " tokens, but the model was made for ",
                         config.max_position_embeddings, " positions; see max_seq_length"));
-  return Run(options, data, control, model_dir).train();
+  const Device device =
+      choose_device(options.device, [&](const std::string& text) { console.line(text); });
+  if (device == Device::CUDA) console.line("device: " + backend_of(device).describe());
+  return Run(options, data, control, model_dir, device).train();
 }
 
 }  // namespace

@@ -15,6 +15,7 @@
 #include "models/weights.h"
 #include "tensor/thread_pool.h"
 #include "train/commands.h"
+#include "train/device_choice.h"
 #include "train/options.h"
 
 namespace graft {
@@ -45,6 +46,8 @@ cxxopts::Options describe() {
                         "TYPE");
   options.add_options()("threads", "default: all that the machine gives", value<std::string>(),
                         "N");
+  options.add_options()("device", "auto, cpu or cuda; auto (default): a GPU that can be used",
+                        value<std::string>(), "DEVICE");
   options.add_options()("ignore-eos", "go on behind the end-of-text tokens");
   options.add_options()("ids", "print the new token ids instead of text");
   options.add_options()("h,help", "print this");
@@ -146,6 +149,14 @@ int run(const cxxopts::ParseResult& args) {
   std::optional<DType> dtype;
   if (args.count("dtype")) dtype = read_dtype(args["dtype"].as<std::string>());
 
+  const Device device = choose_device(
+      read_device_choice("generate",
+                         args.count("device") ? args["device"].as<std::string>() : "auto"),
+      // Without being asked for a GPU, a build that has none need not speak of it.
+      [&](const std::string& text) {
+        if (args.count("device")) std::fprintf(stderr, "graft: %s\n", text.c_str());
+      });
+
   const std::string directory = find_model(name, /*named_by_adapter=*/!args.count("model"));
   const Tokenizer tokenizer = Tokenizer::load(directory);
   GenerationConfig config = GenerationConfig::load(directory);
@@ -160,7 +171,7 @@ int run(const cxxopts::ParseResult& args) {
   const std::vector<int32_t> ids = tokenizer.encode(prompt).ids;
   CHECK(!ids.empty(), "generate: the prompt has no tokens; expected text in --prompt");
 
-  const auto model = load_model(directory, dtype);
+  const auto model = load_model(directory, dtype, device);
   if (!adapter.empty()) load_adapter(*model, adapter);
   const int64_t most = model->config().max_position_embeddings;
   if (int64_t(ids.size()) >= most)

@@ -450,6 +450,13 @@ std::vector<Row> engine_rows() {
           .keeps_result(),
       integer(g, "threads", at(&O::threads), 0, "threads of the CPU; 0: all there are")
           .keeps_result(),
+      choice<decltype(at(&O::device)), O::DeviceChoice>(
+          g, "device", at(&O::device),
+          {{"auto", O::DeviceChoice::Auto},
+           {"cpu", O::DeviceChoice::Cpu},
+           {"cuda", O::DeviceChoice::Cuda}},
+          "where to run; auto: a GPU that can be used")
+          .keeps_result(),
   };
 }
 

@@ -17,6 +17,7 @@ namespace graft {
 // Members carry the names of the keys, which are those of the transformers Trainer and of PEFT.
 struct TrainOptions {
   enum class Method { Lora, Full };
+  enum class DeviceChoice { Auto, Cpu, Cuda };
 
   std::string model;  // where to load from: a directory, or a hub id
   std::string output_dir;
@@ -49,6 +50,7 @@ struct TrainOptions {
   bool gradient_checkpointing = false;
   std::optional<DType> dtype;  // unset: that of the file
   int64_t threads = 0;         // 0: all that the machine gives
+  DeviceChoice device = DeviceChoice::Auto;
   uint64_t seed = 42;
   bool shuffle = true;
 

@@ -18,7 +18,7 @@ struct StepMetrics {
   int64_t num_tokens = 0;         // so far
   int64_t num_label_tokens = 0;   // so far
   double tokens_per_second = 0;   // since the last logged step
-  int64_t peak_memory_bytes = 0;  // of the process (VmHWM)
+  int64_t peak_memory_bytes = 0;  // of the process (VmHWM), or held on the GPU
   double seconds_left = 0;        // console only
 };
 

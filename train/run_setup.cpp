@@ -145,16 +145,17 @@ void check_token_ids(const TrainData& data, const ModelConfig& config) {
               " tokens; tokenizer.json and config.json do not belong together");
 }
 
-std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string& model_dir) {
+std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string& model_dir,
+                                       Device device) {
   std::unique_ptr<Decoder> model;
   if (options.random_init) {
     const ModelConfig config = ModelConfig::load(model_dir);
     const DType dtype =
         options.dtype.value_or(config.dtype == DType::BF16 ? DType::BF16 : DType::F32);
     const double range = read_json(model_dir + "/config.json").value("initializer_range", 0.02);
-    model = random_model(config, dtype, options.seed, range);
+    model = random_model(config, dtype, options.seed, range, device);
   } else {
-    model = load_model(model_dir, options.dtype);
+    model = load_model(model_dir, options.dtype, device);
   }
   if (is_full(options))
     widen_weights(*model);

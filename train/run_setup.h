@@ -24,7 +24,8 @@ void check_token_ids(const TrainData& data, const ModelConfig& config);
 
 // The base with what is to be trained: a fresh adapter, the one of options.adapter, or all weights.
 // Writes back into the options what was decided here: dtype, and the adapter's LoraConfig.
-std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string& model_dir);
+std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string& model_dir,
+                                       Device device);
 
 // The trained leaves in model order, with their names; requires_grad is set on all of them.
 std::vector<std::pair<std::string, Variable>> trained_leaves(Decoder& model,

@@ -206,6 +206,12 @@ void CpuBackend::scale(Tensor& y, const Tensor& x, double alpha) {
       Line(y), Line(x));
 }
 
+void CpuBackend::add_sum(Tensor& total, const Tensor& x, double alpha) {
+  double sum = 0;
+  for (double value : x.to_doubles()) sum += value;
+  total.data<double>()[0] += alpha * sum;
+}
+
 void CpuBackend::gemm(Tensor& c, std::span<const GemmTerm> terms, const Tensor& addend,
                       const Tensor& bias) {
   cpu_gemm(c, terms, addend, bias);

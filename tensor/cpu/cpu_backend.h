@@ -22,6 +22,10 @@ class CpuBackend : public Backend {
   void add(Tensor& y, const Tensor& a, const Tensor& b) override;
   void axpy(Tensor& y, const Tensor& x, double alpha) override;
   void scale(Tensor& y, const Tensor& x, double alpha) override;
+  void scale_by(Tensor& y, const Tensor& x, const Tensor& factor) override {
+    scale(y, x, factor.item());
+  }
+  void add_sum(Tensor& total, const Tensor& x, double alpha) override;
   void gemm(Tensor& c, std::span<const GemmTerm> terms, const Tensor& addend = {},
             const Tensor& bias = {}) override;
   void sum_rows(Tensor& db, const Tensor& dy, bool accumulate) override;

@@ -52,6 +52,17 @@ void ReferenceBackend::scale(Tensor& y, const Tensor& x, double alpha) {
   for_each(y, [&](int64_t r, int64_t c) { out.set(r, c, alpha * in(r, c)); });
 }
 
+void ReferenceBackend::scale_by(Tensor& y, const Tensor& x, const Tensor& factor) {
+  scale(y, x, factor.item());
+}
+
+void ReferenceBackend::add_sum(Tensor& total, const Tensor& x, double alpha) {
+  double sum = 0;
+  In in(x);
+  for_each(x, [&](int64_t r, int64_t c) { sum += in(r, c); });
+  total.data<double>()[0] += alpha * sum;
+}
+
 void ReferenceBackend::sum_rows(Tensor& db, const Tensor& dy, bool accumulate) {
   Out out(db);
   In in(dy);

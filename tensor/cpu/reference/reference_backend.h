@@ -17,6 +17,8 @@ class ReferenceBackend final : public Backend {
   void add(Tensor& y, const Tensor& a, const Tensor& b) override;
   void axpy(Tensor& y, const Tensor& x, double alpha) override;
   void scale(Tensor& y, const Tensor& x, double alpha) override;
+  void scale_by(Tensor& y, const Tensor& x, const Tensor& factor) override;
+  void add_sum(Tensor& total, const Tensor& x, double alpha) override;
   void sum_rows(Tensor& db, const Tensor& dy, bool accumulate) override;
 
   // gemm.cpp

@@ -1,0 +1,109 @@
+// The CUDA backend from the outside: whether it can run here, the device's memory, and what it says
+// of itself. The kernels are in the .cu files.
+#include "cuda/cuda_backend.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "cuda/blas.h"
+#include "cuda/device_backend.h"
+#include "cuda/gpu.cuh"
+
+namespace graft {
+namespace {
+
+class DeviceMemory : public RawMemory {
+ public:
+  void* system_allocate(size_t bytes) override {
+    void* pointer = nullptr;
+    const cudaError_t error = cudaMalloc(&pointer, bytes);
+    if (error == cudaSuccess) return pointer;
+    cudaGetLastError();  // or the next launch would report it
+    CHECK(error == cudaErrorMemoryAllocation, "cuda: ", cudaGetErrorString(error),
+          " in cudaMalloc");
+    return nullptr;
+  }
+  void system_free(void* pointer, size_t) override { cudaFree(pointer); }
+
+#if defined(CUDA_EMU)
+  // The memory checkers see the end of every tensor; EMU_CACHED=1 for tests of the cache itself.
+  bool exact() const override {
+    const char* cached = std::getenv("EMU_CACHED");
+    return !cached || std::strcmp(cached, "1") != 0;
+  }
+#endif
+};
+
+// Empty where the device can be used.
+std::string why_not() {
+  int count = 0;  // stays unwritten where there is no driver
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess || count == 0) {
+    cudaGetLastError();
+#if !defined(CUDA_EMU)
+    int driver = 0;
+    if (cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0)
+      return "no NVIDIA driver on this machine";
+#endif
+    return error == cudaSuccess ? "no GPU on this machine"
+                                : concat("no usable GPU: ", cudaGetErrorString(error));
+  }
+  cudaDeviceProp device{};
+  if (cudaGetDeviceProperties(&device, 0) != cudaSuccess) return "the GPU does not answer";
+  if (device.major < 8)
+    return concat(device.name, " has compute capability ", device.major, ".", device.minor,
+                  ", graft's kernels need 8.0");
+  std::string reason;
+  return cublas_functions(&reason) ? "" : reason;
+}
+
+}  // namespace
+
+bool cuda_available(std::string* reason) {
+  static const std::string why = why_not();
+  if (reason) *reason = why;
+  return why.empty();
+}
+
+Backend& cuda_backend() {
+  std::string reason;
+  CHECK(cuda_available(&reason), "cuda: ", reason, "; run on the CPU (device: cpu)");
+  // Never destroyed: tensors of static storage duration may still be freed, and the driver may be
+  // gone by then.
+  static CudaBackend& backend = *new CudaBackend;
+  return backend;
+}
+
+RawMemory& cuda_memory() {
+  std::string reason;
+  CHECK(cuda_available(&reason), "cuda: ", reason, "; run on the CPU (device: cpu)");
+  static DeviceMemory& memory = *new DeviceMemory;
+  return memory;
+}
+
+CudaBackend::CudaBackend() {
+  CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  const CublasFunctions& cublas = *cublas_functions(nullptr);
+  cublasStatus_t status = cublas.create(&cublas_);
+  CHECK(status == CUBLAS_STATUS_SUCCESS, cublas_error("cublasCreate", status));
+  status = cublas.set_stream(cublas_, stream_);
+  CHECK(status == CUBLAS_STATUS_SUCCESS, cublas_error("cublasSetStream", status));
+  // A workspace of our own: none is allocated behind our back, and with one stream the same product
+  // gives the same bytes each time.
+  constexpr int64_t kWorkspaceBytes = int64_t(32) << 20;
+  workspace_ = Tensor::empty({kWorkspaceBytes}, DType::U8, Device::CUDA, Scope::Scratch);
+  status = cublas.set_workspace(cublas_, workspace_.raw(), size_t(kWorkspaceBytes));
+  CHECK(status == CUBLAS_STATUS_SUCCESS, cublas_error("cublasSetWorkspace", status));
+}
+
+CudaBackend::~CudaBackend() = default;  // the process ends with it
+
+std::string CudaBackend::describe() const {
+  cudaDeviceProp device{};
+  CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+  return concat(device.name, ", ", device.totalGlobalMem >> 20, " MiB, ",
+                device.multiProcessorCount, " multiprocessors, compute capability ", device.major,
+                ".", device.minor, "; cuBLAS from ", cublas_functions(nullptr)->path);
+}
+
+}  // namespace graft
