@@ -78,7 +78,7 @@ emu_backend  = $(call emu_names,$(1),$(EMU_SRC) $(wildcard cuda/*.cu)) $(if $(fi
 emu_tests    = $(call emu_names,$(1),$(EMU_TESTS))
 
 .DEFAULT_GOAL := all
-.PHONY: all help deps demo demo-base test emulated bench bench-peers check format clean install-packages
+.PHONY: all help deps demo demo-base test emulated emulated-train bench bench-peers check format clean install-packages
 
 all: $(BUILD)/graft  ## build build/graft
 
@@ -165,6 +165,11 @@ emulated:  ## run CUDA kernels on the CPU: fast, with a memory checker, with a r
 	@$(MAKE) --no-print-directory -j$(JOBS) $(EMU_BIN)
 	@for kind in $(EMU_KINDS); do echo "emulated CUDA, $$kind:"; \
 	  OPENBLAS_NUM_THREADS=1 $(EMU)/$$kind/cuda_tests --gtest_brief=1 $(if $(FILTER),--gtest_filter='$(FILTER)') || exit 1; done
+
+emulated-train:  ## fine-tune the bundled model with every kernel emulated, and on the CPU [STEPS=20]
+	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
+	@$(MAKE) --no-print-directory -j$(JOBS) $(EMU)/fast/cuda_tests
+	OPENBLAS_NUM_THREADS=1 GRAFT_FINETUNE_STEPS=$(or $(STEPS),20) $(EMU)/fast/cuda_tests --gtest_filter='*FinetuneOnCuda*'
 
 bench:  ## kernels and GEMM against OpenBLAS and the FMA peak of this machine
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"

@@ -1,0 +1,94 @@
+// A whole fine-tune of the bundled model on the device, every kernel of it (under emulation where
+// there is no GPU), against the same run on the CPU. GRAFT_FINETUNE_STEPS: more than the few steps
+// of the test suite (make emulated-train).
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "cuda/cuda_backend.h"
+#include "train/demo_data.h"
+#include "train/finetune.h"
+
+namespace graft {
+namespace {
+
+using Choice = TrainOptions::DeviceChoice;
+
+int64_t steps() {
+  const char* given = std::getenv("GRAFT_FINETUNE_STEPS");
+  return given ? std::atoll(given) : 3;
+}
+
+class FinetuneOnCuda : public testing::TestWithParam<DType> {
+ protected:
+  void SetUp() override {
+    std::string reason;
+    if (!cuda_available(&reason)) GTEST_SKIP() << reason;
+    folder_ =
+        std::filesystem::temp_directory_path() /
+        ("graft_finetune_" + std::to_string(getpid()) + "_" + std::to_string(int(GetParam())));
+    std::filesystem::create_directories(folder_);
+    std::ofstream file(folder_ / "data.jsonl");
+    for (const DemoItem& item : demo_split(1, int(2 * steps()), 1).train)
+      file << nlohmann::json{{"prompt", item.prompt}, {"completion", item.completion}} << "\n";
+  }
+  void TearDown() override { std::filesystem::remove_all(folder_); }
+
+  TrainResult train(Choice device, const std::string& name) {
+    TrainOptions options;
+    options.model = "models/demo";
+    options.data = {(folder_ / "data.jsonl").string()};
+    options.output_dir = (folder_ / name).string();
+    options.device = device;
+    options.dtype = GetParam();
+    options.lora.r = 4;
+    options.lora.lora_dropout = 0.1;
+    options.lora.base_model_name_or_path = options.model;
+    options.learning_rate = 2e-3;
+    options.lr_scheduler_type = Schedule::Type::Constant;
+    options.per_device_train_batch_size = 2;
+    options.gradient_accumulation_steps = 1;
+    options.max_seq_length = 64;
+    options.save_steps = 0;
+    return finetune(options);
+  }
+
+  std::string adapter_bytes(const std::string& name) {
+    std::ifstream file(folder_ / name / "adapter_model.safetensors", std::ios::binary);
+    std::ostringstream text;
+    text << file.rdbuf();
+    return text.str();
+  }
+
+  std::filesystem::path folder_;
+};
+
+TEST_P(FinetuneOnCuda, LosesAsTheCpuDoesAndTwiceTheSameBytes) {
+  const TrainResult cpu = train(Choice::Cpu, "cpu"), first = train(Choice::Cuda, "first");
+  train(Choice::Cuda, "second");
+  const double tolerance = GetParam() == DType::F32 ? 1e-5 : 2e-2;
+  ASSERT_EQ(first.losses.size(), size_t(steps()));
+  for (size_t i = 0; i < first.losses.size(); ++i) {
+    EXPECT_NEAR(first.losses[i] / cpu.losses[i], 1, tolerance) << "loss of step " << i + 1;
+    // The norm is a sum over all gradients: where one kernel is wrong, it shows here first.
+    EXPECT_NEAR(first.grad_norms[i] / cpu.grad_norms[i], 1, 10 * tolerance)
+        << "gradient norm of step " << i + 1;
+  }
+  EXPECT_LT(first.losses.back(), 0.97 * first.losses.front()) << "nothing was learned";
+  EXPECT_FALSE(adapter_bytes("first").empty());
+  EXPECT_EQ(adapter_bytes("first"), adapter_bytes("second"));
+}
+
+INSTANTIATE_TEST_SUITE_P(Dtypes, FinetuneOnCuda, testing::Values(DType::F32, DType::BF16),
+                         [](const testing::TestParamInfo<DType>& info) {
+                           return std::string(dtype_name(info.param));
+                         });
+
+}  // namespace
+}  // namespace graft
