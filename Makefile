@@ -132,7 +132,8 @@ $$(EMU)/$(1)/graft: build/obj/train/main.o $$(call emu_backend,$(1)) build/libgr
 endef
 $(foreach kind,$(EMU_KINDS),$(eval $(call emu_rules,$(kind))))
 
-# The same kernels for GPUs.
+# The same kernels for GPUs; of the tests, what only compiles: the emulator's headers beside the real ones.
+NVCC_TESTS := $(if $(filter-out none,$(NVCC)),build/nvcc/tests/cuda/faulty.o build/nvcc/tests/cuda/same_headers.o)
 build/nvcc/%.o: %.cu
 	@mkdir -p $(@D)
 	$(NVCC) -std=c++20 -O3 -I. $(GENCODE) -Werror all-warnings -Xcompiler -Wall -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
@@ -140,7 +141,7 @@ build/nvcc/%.o: %.cpp
 	@mkdir -p $(@D)
 	$(CXX) $(ALLFLAGS) -isystem $(CUDA_HOME)/include -c -o $@ $<
 
--include $(CUDA_OBJ:.o=.d) $(LIB_OBJ:.o=.d) $(TEST_OBJ:.o=.d) $(BUILD)/obj/train/main.d $(BENCH_BIN:%=%.d)
+-include $(CUDA_OBJ:.o=.d) $(NVCC_TESTS:.o=.d) $(LIB_OBJ:.o=.d) $(TEST_OBJ:.o=.d) $(BUILD)/obj/train/main.d $(BENCH_BIN:%=%.d)
 
 # --- what people run --------------------------------------------------------------------------------
 # demo and test start a second make, so that it sees what the first has installed.
@@ -156,7 +157,7 @@ demo-base:  ## train the bundled base model again from random weights, into mode
 
 test:  ## install what is missing, build and run every test [SAN=asan] [FILTER=Tape.*]
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
-	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/graft $(BUILD)/graft_tests $(EMU_BIN)
+	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/graft $(BUILD)/graft_tests $(EMU_BIN) $(NVCC_TESTS)
 	@$(MAKE) --no-print-directory emulated
 	GRAFT_BINARY=$(BUILD)/graft $(BUILD)/graft_tests --gtest_brief=1 $(if $(FILTER),--gtest_filter='$(FILTER)')
 

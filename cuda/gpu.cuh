@@ -35,13 +35,13 @@ using bf162 = __nv_bfloat162;
 // Starts kernel(args...); throws Error where the launch fails. Above 48 KiB of dynamic shared
 // memory the opt-in is made here.
 template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             A&&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared_bytes > 48 * 1024)
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     int(shared_bytes)));
-  CUDA_CHECK(emu::launch(kernel, grid, block, shared_bytes, static_cast<A&&>(args)...));
+  CUDA_CHECK(emu::launch(kernel, grid, block, shared_bytes, stream, static_cast<A&&>(args)...));
 }
 
 #else

@@ -1,5 +1,5 @@
-// Stand-in for <cuda_runtime.h>: language keywords, device intrinsics, and the part of the runtime
-// API that the engine uses. Streams and events are accepted and ignored: every call is synchronous.
+// Stand-in for <cuda_runtime.h>: language keywords, device intrinsics, and (runtime_api.h) the part
+// of the runtime API that the engine uses.
 //
 // __shared__ is deliberately missing: use SHARED_ARRAY / DYNAMIC_SHARED (gpu.cuh), so that the
 // emulator can put red zones around shared memory and poison it at the start of each block.
@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "cuda/emulator/emulator.h"
+#include "cuda/emulator/runtime_api.h"
 
 #define __global__
 #define __device__
@@ -168,86 +169,3 @@ template <class T>
 T __ldg(const T* p) {
   return *p;
 }
-
-// ---- Runtime API
-// ----------------------------------------------------------------------------------------
-enum cudaError_t : int {
-  cudaSuccess = 0,
-  cudaErrorInvalidValue = 1,
-  cudaErrorMemoryAllocation = 2,
-  cudaErrorInvalidConfiguration = 9,
-  cudaErrorInsufficientDriver = 35,
-  cudaErrorNoDevice = 100,
-  cudaErrorLaunchFailure = 719,
-  cudaErrorNotSupported = 801,
-};
-enum cudaMemcpyKind {
-  cudaMemcpyHostToHost,
-  cudaMemcpyHostToDevice,
-  cudaMemcpyDeviceToHost,
-  cudaMemcpyDeviceToDevice,
-  cudaMemcpyDefault
-};
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-using cudaStream_t = struct CUstream_st*;
-using cudaEvent_t = struct CUevent_st*;
-struct cudaDeviceProp {
-  char name[256];
-  size_t totalGlobalMem;
-  int multiProcessorCount, major, minor;
-};
-inline constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
-
-cudaError_t cudaMalloc(void** p, size_t bytes);
-template <class T>
-cudaError_t cudaMalloc(T** p, size_t bytes) {
-  return cudaMalloc(reinterpret_cast<void**>(p), bytes);
-}
-cudaError_t cudaFree(void* p);
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
-                            cudaStream_t stream = nullptr);
-cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream = nullptr);
-cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
-                              size_t width, size_t height, cudaMemcpyKind kind,
-                              cudaStream_t stream = nullptr);
-cudaError_t cudaMallocHost(void** p, size_t bytes);
-template <class T>
-cudaError_t cudaMallocHost(T** p, size_t bytes) {
-  return cudaMallocHost(reinterpret_cast<void**>(p), bytes);
-}
-cudaError_t cudaFreeHost(void* p);
-// The total is EMU_MEMORY_MB from the environment, read at each call; 1 TiB without it.
-cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
-cudaError_t cudaGetDevice(int* device);
-cudaError_t cudaSetDevice(int device);
-cudaError_t cudaGetLastError();
-cudaError_t cudaPeekAtLastError();
-cudaError_t cudaGetDeviceCount(int* count);
-const char* cudaGetErrorString(cudaError_t e);
-cudaError_t emuFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
-template <class F>
-cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute a, int v) {
-  return emuFuncSetAttribute(reinterpret_cast<const void*>(kernel), a, v);
-}
-inline cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind kind) {
-  return cudaMemcpyAsync(to, from, n, kind);
-}
-inline cudaError_t cudaMemset(void* p, int value, size_t n) { return cudaMemsetAsync(p, value, n); }
-inline cudaError_t cudaDeviceSynchronize() { return cudaPeekAtLastError(); }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaPeekAtLastError(); }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  *stream = nullptr;
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) {
-  return cudaSuccess;
-}
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = nullptr;
-  return cudaSuccess;
-}
-inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t = nullptr) { return cudaSuccess; }
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaPeekAtLastError(); }

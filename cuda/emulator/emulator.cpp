@@ -16,6 +16,7 @@
 
 #include "cuda/emulator/cuda_runtime.h"
 #include "cuda/emulator/internal.h"
+#include "cuda/emulator/streams.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -112,7 +113,8 @@ class Engine {
  public:
   Options options;
   Stats stats;
-  std::string report;
+  std::string report;                        // since take_report
+  std::string failure;                       // first line of the last launch that failed
   std::map<const void*, int> shared_opt_in;  // cudaFuncSetAttribute
   std::mutex mutex;
 
@@ -130,8 +132,8 @@ class Engine {
     poison(arena_, kArenaBytes);
   }
 
-  cudaError_t run(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared,
-                  void (*body)(void*), void* context);
+  cudaError_t check(const Launch& launch) const;  // its configuration
+  cudaError_t run(const Launch& launch, void* call);
 
   Lane& self() { return *current_; }
   bool in_kernel() const { return current_ != nullptr; }
@@ -187,6 +189,8 @@ class Engine {
   bool failed_ = false;
   void (*body_)(void*) = nullptr;
   void* context_ = nullptr;
+  const void* kernel_ = nullptr;  // being run
+  bool in_block_ = false;
 };
 
 Engine& engine() {
@@ -262,24 +266,31 @@ void Engine::suspend(const char* what, Where where) {
 // ---- Grid and block
 // ---------------------------------------------------------------------------------------
 
-cudaError_t Engine::run(const void* kernel, dim3 grid, dim3 block, size_t shared,
-                        void (*body)(void*), void* context) {
-  std::scoped_lock lock(mutex);
-  const uint64_t n = uint64_t{block.x} * block.y * block.z,
-                 blocks = uint64_t{grid.x} * grid.y * grid.z;
-  if (n == 0 || n > kMaxThreads || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu ||
-      grid.y > 65535 || grid.z > 65535)
+cudaError_t Engine::check(const Launch& launch) const {
+  const auto [grid, block] = std::pair(launch.grid, launch.block);
+  const uint64_t n = uint64_t{block.x} * block.y * block.z;
+  if (n == 0 || n > kMaxThreads || block.z > 64 || uint64_t{grid.x} * grid.y * grid.z == 0 ||
+      grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     return set_last_error(cudaErrorInvalidConfiguration);
-  auto opt_in = shared_opt_in.find(kernel);
-  if (shared > (opt_in == shared_opt_in.end() ? kStaticLimit : static_cast<size_t>(opt_in->second)))
-    return set_last_error(cudaErrorInvalidValue);
+  auto opt_in = shared_opt_in.find(launch.kernel);
+  const size_t limit =
+      opt_in == shared_opt_in.end() ? kStaticLimit : static_cast<size_t>(opt_in->second);
+  return launch.dynamic_shared > limit ? set_last_error(cudaErrorInvalidValue) : cudaSuccess;
+}
 
+cudaError_t Engine::run(const Launch& launch, void* call) {
+  std::scoped_lock lock(mutex);
+  const auto [grid, block] = std::pair(launch.grid, launch.block);
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  ++stats.launches;
+  kernel_ = launch.kernel;
   rng_ = options.seed * 0x9e3779b97f4a7c15ull | 1;
-  threads = static_cast<unsigned>(n);
+  threads = block.x * block.y * block.z;
   blockDim = block;
   gridDim = grid;
   failed_ = false;
   const size_t reports_before = report.size();
+  failure.clear();
   clock.launch_first_block = block_serial + 1;
   std::vector<uint32_t> sequence(blocks);
   std::iota(sequence.begin(), sequence.end(), 0u);
@@ -290,10 +301,13 @@ cudaError_t Engine::run(const void* kernel, dim3 grid, dim3 block, size_t shared
   expose_device_memory(true);  // host code must not touch it, kernels may
   for (uint32_t b : sequence) {
     blockIdx = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
-    run_block(body, context, shared);
+    in_block_ = true;
+    run_block(launch.body, call, launch.dynamic_shared);
+    in_block_ = false;
     if (failed_) break;
   }
   expose_device_memory(false);
+  kernel_ = nullptr;
   return report.size() == reports_before ? cudaSuccess : set_last_error(cudaErrorLaunchFailure);
 }
 
@@ -356,12 +370,17 @@ std::string Engine::describe_waiters() {
 }
 
 void Engine::note(const std::string& message) {
-  std::string line = "emulator: block (" + std::to_string(blockIdx.x) + "," +
-                     std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z) + ")";
-  if (current_)
-    line += " thread (" + std::to_string(threadIdx.x) + "," + std::to_string(threadIdx.y) + "," +
-            std::to_string(threadIdx.z) + ")";
-  line += ": " + message + "\n";
+  const auto triple = [](auto v) {
+    return " (" + std::to_string(v.x) + "," + std::to_string(v.y) + "," + std::to_string(v.z) + ")";
+  };
+  std::string line;
+  if (kernel_) line = "kernel " + kernel_name(kernel_) + ": ";
+  if (in_block_) line += "block" + triple(blockIdx);
+  if (current_) line += " thread" + triple(threadIdx);
+  if (in_block_) line += ": ";
+  line += message;
+  if (failure.empty()) failure = line;
+  line = "emulator: " + line + "\n";
   std::fputs(line.c_str(), stderr);
   report += line;
 }
@@ -465,6 +484,11 @@ void Engine::finish_copies(Lane& lane, unsigned below_group) {
 
 Options& options() { return engine().options; }
 Stats& stats() { return engine().stats; }
+const std::string& failure_text() { return engine().failure; }
+void report_failure(const std::string& message) {
+  engine().failure.clear();
+  engine().note(message);
+}
 std::string take_report() { return std::exchange(engine().report, {}); }
 unsigned lane_id() { return engine().linear() % 32; }
 void report(const std::string& message) { engine().note(message); }
@@ -522,94 +546,19 @@ void cp_async_wait(unsigned pending_groups) {
     engine().finish_copies(lane, lane.copy_group - pending_groups);
 }
 
-namespace {
-struct LdMatrix {
-  const char* row;
-  uint32_t* regs;
-};
-
-// Lane 8m+r gives the address of row r of tile m. Lane l receives, from every tile, the two
-// elements (row l/4, columns 2(l%4), +1), or with .trans (rows 2(l%4), +1, column l/4).
-template <int kTiles, bool kTranspose>
-void ldmatrix_combine(void* const* all, uint32_t present) {
-  if (present != ~0u) fail("ldmatrix without the whole warp");
-  for (int tile = 0; tile < kTiles; ++tile) {
-    const char* row[8];
-    unsigned hits[8] = {};
-    for (int r = 0; r < 8; ++r) {
-      row[r] = static_cast<LdMatrix*>(all[tile * 8 + r])->row;
-      if (reinterpret_cast<uintptr_t>(row[r]) % 16)
-        fail("ldmatrix row address not 16-byte aligned");
-      const int warp_base = running_thread() / 32 * 32;
-      touch(row[r], 16, Access::kRead, warp_base + tile * 8 + r);
-      ++hits[reinterpret_cast<uintptr_t>(row[r]) / 16 % 8];  // each row fills four of the 32 banks
-    }
-    ++stats().ldmatrix_tiles;
-    stats().ldmatrix_wavefronts += *std::max_element(hits, hits + 8);
-    for (int l = 0; l < 32; ++l) {
-      uint16_t e[2];
-      for (int k = 0; k < 2; ++k) {
-        const char* from =
-            kTranspose ? row[2 * (l % 4) + k] + l / 4 * 2 : row[l / 4] + (2 * (l % 4) + k) * 2;
-        std::memcpy(&e[k], from, 2);
-      }
-      static_cast<LdMatrix*>(all[l])->regs[tile] = e[0] | static_cast<uint32_t>(e[1]) << 16;
-    }
-  }
-}
-
-struct Mma {
-  float* d;
-  const uint32_t *a, *b;
-};
-inline __attribute__((always_inline, no_sanitize("address", "undefined"))) float bf16(uint32_t pair,
-                                                                                      int half) {
-  uint32_t u = half ? pair & 0xffff0000u : pair << 16;
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
-// D += A(16x16, row) * B(16x8, col). With g = lane/4 and t = lane%4, register r of A holds
-// (row g + 8(r%2), columns 2t + 8(r/2), +1), of B (rows 2t + 8r, +1, column g), of D (row g +
-// 8(r/2), column 2t + r%2).
-__attribute__((no_sanitize("address", "undefined")))  // hot, and indices are fixed
-void mma_combine(void* const* all, uint32_t present) {
-  if (present != ~0u) fail("mma.sync without the whole warp");
-  ++stats().mma;
-  float A[16][16], B[16][8], D[16][8];
-  for (int l = 0; l < 32; ++l) {
-    const Mma& m = *static_cast<Mma*>(all[l]);
-    const int g = l / 4, t = l % 4;
-    for (int h = 0; h < 2; ++h) {
-      for (int r = 0; r < 4; ++r) A[g + 8 * (r % 2)][2 * t + 8 * (r / 2) + h] = bf16(m.a[r], h);
-      for (int r = 0; r < 2; ++r) B[2 * t + 8 * r + h][g] = bf16(m.b[r], h);
-    }
-    for (int r = 0; r < 4; ++r) D[g + 8 * (r / 2)][2 * t + r % 2] = m.d[r];
-  }
-  for (int i = 0; i < 16; ++i)
-    for (int k = 0; k < 16; ++k)
-      for (int j = 0; j < 8; ++j) D[i][j] += A[i][k] * B[k][j];
-  for (int l = 0; l < 32; ++l)
-    for (int r = 0; r < 4; ++r)
-      static_cast<Mma*>(all[l])->d[r] = D[l / 4 + 8 * (r / 2)][2 * (l % 4) + r % 2];
-}
-}  // namespace
-
-void ldmatrix(uint32_t* regs, int tiles, bool transpose, const void* row, Where where) {
-  static constexpr Combine kCombine[2][3] = {
-      {ldmatrix_combine<1, false>, ldmatrix_combine<2, false>, ldmatrix_combine<4, false>},
-      {ldmatrix_combine<1, true>, ldmatrix_combine<2, true>, ldmatrix_combine<4, true>}};
-  LdMatrix mine{static_cast<const char*>(row), regs};
-  warp_collective(~0u, "ldmatrix", &mine, kCombine[transpose][tiles / 2], where);
-}
-void mma_m16n8k16_bf16(float* d, const uint32_t* a, const uint32_t* b, Where where) {
-  Mma mine{d, a, b};
-  warp_collective(~0u, "mma.sync", &mine, mma_combine, where);
-}
-
-cudaError_t run_grid(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared,
-                     void (*body)(void*), void* context) {
-  return engine().run(kernel, grid, block, dynamic_shared, body, context);
+cudaError_t submit_launch(const Launch& launch) {
+  if (cudaError_t e = engine().check(launch)) return e;
+  // 16-byte units, the strictest alignment of a parameter.
+  struct alignas(16) Unit {
+    uintptr_t words[2];
+  };
+  auto call = std::make_shared<std::vector<Unit>>((launch.call_bytes + 15) / 16);
+  std::memcpy(call->data(), launch.call, launch.call_bytes);
+  std::vector<uintptr_t> words(launch.call_bytes / sizeof(uintptr_t));
+  std::memcpy(words.data(), launch.call, words.size() * sizeof(uintptr_t));
+  return submit(launch.stream,
+                {Work::kKernel, launch.kernel,
+                 [launch, call] { return engine().run(launch, call->data()); }, std::move(words)});
 }
 
 }  // namespace emu

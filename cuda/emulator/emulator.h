@@ -25,6 +25,7 @@
 #define EMU_NO_RACECHECK __attribute__((noinline, no_sanitize("thread")))
 
 enum cudaError_t : int;
+struct CUstream_st;
 
 namespace emu {
 
@@ -50,6 +51,12 @@ struct Stats {
   uint64_t ldmatrix_wavefronts =
       0;                  // shared-memory cycles they take; more than tiles = bank conflicts
   uint64_t accesses = 0;  // loads and stores seen by the race checker
+  // Of the runtime API. Calls that make the host wait: stream, event and device synchronisation,
+  // cudaMemcpy, copies from the device to memory that is not pinned.
+  uint64_t synchronisations = 0;
+  uint64_t pageable_copies = 0;         // asynchronous copies with host memory that is not pinned
+  uint64_t allocations = 0, frees = 0;  // of device and of pinned memory
+  uint64_t launches = 0, graph_launches = 0;
 };
 Stats& stats();
 
@@ -115,15 +122,23 @@ inline void touch(const void* p, size_t bytes, Access kind, int lane = -1) {
 
 // ---- Launch
 // ------------------------------------------------------------------------------------------
-cudaError_t run_grid(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared,
-                     void (*body)(void*), void* context);
+struct Launch {
+  const void* kernel;
+  dim3 grid, block;
+  size_t dynamic_shared;
+  CUstream_st* stream;
+  void (*body)(void* call);  // runs the kernel for one thread
+  const void* call;          // the kernel and its parameters, copied bytewise
+  size_t call_bytes;
+};
+cudaError_t submit_launch(const Launch& launch);
 
 // Plain memcpy that the race checker does not see.
 void copy_bytes(void* to, const void* from, size_t n);
 
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared,
-                   A&&... args) {
+                   CUstream_st* stream, A&&... args) {
   static_assert((std::is_trivially_copyable_v<P> && ...), "kernel parameters are copied bytewise");
   struct Call {
     void (*kernel)(P...);
@@ -134,9 +149,11 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_s
       auto& call = *reinterpret_cast<Call*>(copy);
       std::apply(call.kernel, call.params);
     }
-  } call{kernel, {std::forward<A>(args)...}};
-  return run_grid(reinterpret_cast<const void*>(kernel), grid, block, dynamic_shared, &Call::run,
-                  &call);
+  };
+  static_assert(alignof(Call) <= 16);
+  const Call call{kernel, {std::forward<A>(args)...}};
+  return submit_launch({reinterpret_cast<const void*>(kernel), grid, block, dynamic_shared, stream,
+                        &Call::run, &call, sizeof(Call)});
 }
 
 }  // namespace emu

@@ -3,8 +3,11 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "cuda/emulator/emulator.h"
+#include "cuda/emulator/runtime_api.h"
 
 #if EMU_ASAN
 #include <sanitizer/asan_interface.h>
@@ -42,9 +45,31 @@ bool on_fiber_stack(const void* p);
 bool in_shared_arena(const void* p, size_t& offset);
 
 cudaError_t set_last_error(cudaError_t e);
+// A failure found outside of any kernel; the next text of cudaErrorLaunchFailure, and in the
+// report.
+void report_failure(const std::string& message);
+// What cudaErrorLaunchFailure means just now.
+const std::string& failure_text();
+
 void expose_device_memory(bool to_kernels);
-// The allocation holding p, or null. `begin` and `bytes` describe it.
-bool find_device_allocation(const void* p, char*& begin, size_t& bytes);
+struct Allocation {
+  char* begin;
+  size_t bytes;
+  uint64_t serial;  // never used twice
+};
+// The cudaMalloc allocation that holds p, or null.
+const Allocation* find_device_allocation(const void* p);
+
+// Names of the program's code, from its debug information; slow, so only for reports (symbols.cpp).
+struct Frame {
+  std::string function, place;  // "sum_kernel<4>", "/path/sum.cu:17"
+};
+const std::vector<Frame>& frames_at(const void* pc);  // innermost (inlined) first
+std::string kernel_name(const void* kernel);          // "sum_kernel<4>"
+
+struct Node;
+cudaGraph_t make_graph(std::vector<Node> nodes);
+
 // Called by the runtime for the race checker: new memory, or memory written by the host.
 inline void (*on_host_write)(void* p, size_t bytes) = nullptr;
 inline void (*on_device_allocation)(void* p, size_t bytes, bool alive) = nullptr;

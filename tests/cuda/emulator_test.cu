@@ -77,9 +77,11 @@ TEST(Emulator, AtomicsCountEveryThread) {
 }
 
 TEST(Emulator, LaunchLimits) {
-  EXPECT_EQ(emu::launch(empty_kernel, 1, 1025, 0, 0), cudaErrorInvalidConfiguration);
-  EXPECT_EQ(emu::launch(empty_kernel, dim3(1, 65536), 32, 0, 0), cudaErrorInvalidConfiguration);
-  EXPECT_EQ(emu::launch(empty_kernel, 1, 32, 49153, 0), cudaErrorInvalidValue);  // no opt-in yet
+  EXPECT_EQ(emu::launch(empty_kernel, 1, 1025, 0, nullptr, 0), cudaErrorInvalidConfiguration);
+  EXPECT_EQ(emu::launch(empty_kernel, dim3(1, 65536), 32, 0, nullptr, 0),
+            cudaErrorInvalidConfiguration);
+  EXPECT_EQ(emu::launch(empty_kernel, 1, 32, 49153, nullptr, 0),
+            cudaErrorInvalidValue);  // no opt-in yet
   (void)cudaGetLastError();
   EXPECT_THROW(launch(empty_kernel, 1, 1025, 0, nullptr, 0), Error);
   (void)cudaGetLastError();
