@@ -26,10 +26,11 @@ CHECK_PACKAGES := clang-format binutils
 PACKAGES       := $(BUILD_PACKAGES) $(TEST_PACKAGES) $(CHECK_PACKAGES)
 
 # --- sources: every folder is read by wildcard; cpu/kernels is compiled once per instruction set ---
-ISAS         := portable avx2 avx512 wide16
+ISAS         := portable avx2 avx512 avx512_bf16 wide16
 ISA_portable :=
 ISA_avx2     := -mavx2 -mfma -mf16c
 ISA_avx512   := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512
+ISA_avx512_bf16 := $(ISA_avx512) -mavx512bf16
 ISA_wide16   := -mavx2 -mfma -mf16c -Wno-psabi
 
 KERNEL_SRC := $(wildcard tensor/cpu/kernels/*.cpp)

@@ -55,11 +55,11 @@ double median(std::vector<double> values) {
   return values.empty() ? NAN : values[values.size() / 2];
 }
 
-// --- the peak: independent multiply-adds on registers, nothing else ---
+// --- the peaks: independent multiply-adds on registers, nothing else ---
 
 double fma_flops(CpuPath path, int64_t rounds) {
   int64_t n = rounds;
-  if (path == CpuPath::Avx512) {
+  if (path >= CpuPath::Avx512) {
     __asm__ volatile(
         "1:\n.irp r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23\n"
         "vfmadd231ps %%zmm31, %%zmm30, %%zmm\\r\n.endr\ndec %0\njnz 1b\nvzeroupper\n"
@@ -83,12 +83,24 @@ double fma_flops(CpuPath path, int64_t rounds) {
   return double(rounds) * 12 * 4;
 }
 
-double peak_rate(const Options& options, ThreadPool& pool) {
+// vdpbf16ps, whatever path was chosen; only where last_cpu_path has it.
+double bf16_flops(CpuPath, int64_t rounds) {
+  int64_t n = rounds;
+  __asm__ volatile(
+      "1:\n.irp r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23\n"
+      "vdpbf16ps %%zmm31, %%zmm30, %%zmm\\r\n.endr\ndec %0\njnz 1b\nvzeroupper\n"
+      : "+r"(n)::"xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",
+        "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "cc");
+  return double(rounds) * 24 * 32 * 2;
+}
+
+double peak_rate(const Options& options, ThreadPool& pool,
+                 double (*flops_of)(CpuPath, int64_t) = fma_flops) {
   const int64_t rounds = 400000;
   double flops = 0;
   const double time = time_of(options, [&] {
     pool.run(pool.num_threads(), [&](int64_t piece, int) {
-      const double done = fma_flops(cpu_choice().path, rounds);
+      const double done = flops_of(cpu_choice().path, rounds);
       if (piece == 0) flops = done * pool.num_threads();
     });
   });
@@ -298,6 +310,14 @@ int bench(const Options& options) {
               : openblas->core().empty() ? "default"
                                          : openblas->core().c_str(),
               options.repeats, options.cpu_time ? ", processor time" : "");
+  if (last_cpu_path(cpu_features()) == CpuPath::Avx512Bf16) {
+    peaks.clear();
+    for (int i = 0; i < 9; ++i) peaks.push_back(peak_rate(options, thread_pool(), bf16_flops));
+    std::printf("# vdpbf16ps peak %.1f GFLOP/s, %s; \"of peak\" is of the FMA peak\n",
+                1e-9 * median(peaks),
+                cpu_choice().path == CpuPath::Avx512Bf16 ? "used where both operands are BF16"
+                                                         : "not used");
+  }
   std::vector<Case> cases;
   for (const DType dtype : {DType::F32, DType::BF16}) {
     for (const auto& [N, K] : {std::pair{4864, 896}, {896, 4864}, {896, 896}})

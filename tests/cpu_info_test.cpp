@@ -11,6 +11,7 @@
 #include <sstream>
 #include <string>
 
+#include "tensor/backend.h"
 #include "tensor/check.h"
 
 namespace graft {
@@ -28,7 +29,15 @@ std::set<std::string> kernel_flags() {
   return {};
 }
 
-CpuPath path_by_kernel_flags() {
+// The first value of a key of /proc/cpuinfo.
+std::string kernel_value(const std::string& key) {
+  std::ifstream in("/proc/cpuinfo");
+  for (std::string line; std::getline(in, line);)
+    if (line.rfind(key + "\t", 0) == 0) return line.substr(line.find(':') + 2);
+  return "";
+}
+
+CpuPath last_path_by_kernel_flags() {
   const std::set<std::string> flags = kernel_flags();
   const auto has = [&](std::initializer_list<const char*> names) {
     for (const char* name : names)
@@ -36,7 +45,16 @@ CpuPath path_by_kernel_flags() {
     return true;
   };
   if (!has({"avx2", "fma", "f16c"})) return CpuPath::Portable;
-  return has({"avx512f", "avx512bw", "avx512dq", "avx512vl"}) ? CpuPath::Avx512 : CpuPath::Avx2;
+  if (!has({"avx512f", "avx512bw", "avx512dq", "avx512vl"})) return CpuPath::Avx2;
+  return has({"avx512_bf16"}) ? CpuPath::Avx512Bf16 : CpuPath::Avx512;
+}
+
+CpuPath path_by_kernel_flags() {
+  const CpuPath last = last_path_by_kernel_flags();
+  const std::string family = kernel_value("cpu family");
+  const bool zen =
+      kernel_value("vendor_id") == "AuthenticAMD" && (family == "25" || family == "26");
+  return last == CpuPath::Avx512Bf16 && !zen ? CpuPath::Avx512 : last;
 }
 
 // Prints the choice, or the error, on standard error and exits with 0 or 1.
@@ -65,6 +83,40 @@ TEST(CpuChoice, IsTheBestThatTheKernelReports) {
   EXPECT_EQ(cpu_choice().path, path_by_kernel_flags()) << cpu_choice().reason;
 }
 
+// vdpbf16ps at twice the F32 rate is Zen 4's and Zen 5's; a CPU that has the bit is not enough.
+TEST(CpuChoice, TakesBf16InstructionsOnZen4AndZen5Alone) {
+  struct Row {
+    const char* vendor;
+    int family;
+    bool avx2, avx512, avx512_bf16;
+    CpuPath path, last;
+    const char* reason;
+  };
+  const CpuPath bf16 = CpuPath::Avx512Bf16;
+  const Row rows[] = {
+      {"AuthenticAMD", 25, true, true, true, bf16, bf16, "multiplied by vdpbf16ps"},  // Zen 4
+      {"AuthenticAMD", 26, true, true, true, bf16, bf16, "multiplied by vdpbf16ps"},  // Zen 5
+      {"AuthenticAMD", 27, true, true, true, CpuPath::Avx512, bf16, "widened to F32"},
+      {"AuthenticAMD", 25, true, false, false, CpuPath::Avx2, CpuPath::Avx2, "no AVX-512"},
+      {"GenuineIntel", 6, true, true, true, CpuPath::Avx512, bf16, "widened to F32"},
+      {"GenuineIntel", 25, true, true, true, CpuPath::Avx512, bf16, "widened to F32"},
+      {"GenuineIntel", 6, true, true, false, CpuPath::Avx512, CpuPath::Avx512, "AVX-512 F"},
+      {"GenuineIntel", 6, false, false, false, CpuPath::Portable, CpuPath::Portable, "no AVX2"},
+  };
+  for (const Row& row : rows) {
+    const CpuFeatures f{row.vendor, "", row.family, 17, row.avx2, row.avx512, row.avx512_bf16};
+    const CpuChoice choice = choose_cpu_path(f);
+    EXPECT_EQ(choice.path, row.path) << choice.cpu;
+    EXPECT_EQ(last_cpu_path(f), row.last) << choice.cpu;
+    EXPECT_NE(choice.reason.find(row.reason), std::string::npos) << choice.cpu << choice.reason;
+  }
+}
+
+TEST(CpuChoice, IsWhatTheBackendSaysItRuns) {
+  const std::string name(cpu_path_name(cpu_choice().path)), text = cpu_backend().describe();
+  EXPECT_NE(text.find(" " + name + " kernels,"), std::string::npos) << text;
+}
+
 TEST(CpuChoice, NamesVendorFamilyAndReason) {
   EXPECT_NE(cpu_choice().cpu.find(" family "), std::string::npos) << cpu_choice().cpu;
   EXPECT_NE(cpu_choice().cpu.find(" model "), std::string::npos) << cpu_choice().cpu;
@@ -78,16 +130,20 @@ TEST_F(CpuChoiceDeathTest, CanBeOverriddenDownwards) {
 }
 
 TEST_F(CpuChoiceDeathTest, RefusesAnOverrideThatTheCpuCannotRun) {
-  if (path_by_kernel_flags() == CpuPath::Avx512)
-    EXPECT_EXIT(choose_in_child("avx512"), testing::ExitedWithCode(0), "avx512 because");
-  else
-    EXPECT_EXIT(choose_in_child("avx512"), testing::ExitedWithCode(1),
-                "error GRAFT_CPU: avx512 can't run on .*, wanted at most ");
+  for (const CpuPath path : {CpuPath::Avx2, CpuPath::Avx512, CpuPath::Avx512Bf16}) {
+    const std::string name(cpu_path_name(path));
+    if (path <= last_path_by_kernel_flags())
+      EXPECT_EXIT(choose_in_child(name.c_str()), testing::ExitedWithCode(0),
+                  name + " because GRAFT_CPU=" + name);
+    else
+      EXPECT_EXIT(choose_in_child(name.c_str()), testing::ExitedWithCode(1),
+                  "error GRAFT_CPU: " + name + " can't run on .*, wanted at most ");
+  }
 }
 
 TEST_F(CpuChoiceDeathTest, RefusesAnUnknownName) {
   EXPECT_EXIT(choose_in_child("sse9"), testing::ExitedWithCode(1),
-              "error GRAFT_CPU: got 'sse9', wanted portable, avx2 or avx512");
+              "error GRAFT_CPU: got 'sse9', wanted portable, avx2, avx512 or avx512_bf16");
 }
 
 }  // namespace

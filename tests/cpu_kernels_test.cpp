@@ -25,11 +25,12 @@ using Tensors = std::vector<Tensor>;
 
 std::vector<const CpuKernels*> runnable_tables() {
   std::vector<const CpuKernels*> tables = {&cpu_kernels(CpuPath::Portable)};
-  if (cpu_choice().path >= CpuPath::Avx2) {
+  if (last_cpu_path(cpu_features()) >= CpuPath::Avx2) {
     tables.push_back(&cpu_kernels(CpuPath::Avx2));
     tables.push_back(&cpu_kernels_wide16());  // 16 lanes by AVX2 instructions
   }
-  if (cpu_choice().path >= CpuPath::Avx512) tables.push_back(&cpu_kernels(CpuPath::Avx512));
+  for (const CpuPath path : {CpuPath::Avx512, CpuPath::Avx512Bf16})
+    if (last_cpu_path(cpu_features()) >= path) tables.push_back(&cpu_kernels(path));
   return tables;
 }
 

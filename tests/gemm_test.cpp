@@ -25,12 +25,14 @@ struct NamedKernels {
 // What this CPU can run; wide16 needs AVX2.
 std::vector<NamedKernels> runnable_kernels() {
   std::vector<NamedKernels> all = {{"portable", &gemm_kernels(CpuPath::Portable)}};
-  if (cpu_choice().path >= CpuPath::Avx2) {
+  if (last_cpu_path(cpu_features()) >= CpuPath::Avx2) {
     all.push_back({"avx2", &gemm_kernels(CpuPath::Avx2)});
     all.push_back({"wide16", &gemm_kernels_wide16()});
   }
-  if (cpu_choice().path >= CpuPath::Avx512)
+  if (last_cpu_path(cpu_features()) >= CpuPath::Avx512)
     all.push_back({"avx512", &gemm_kernels(CpuPath::Avx512)});
+  if (last_cpu_path(cpu_features()) >= CpuPath::Avx512Bf16)
+    all.push_back({"avx512_bf16", &gemm_kernels(CpuPath::Avx512Bf16)});
   return all;
 }
 
@@ -172,15 +174,56 @@ TEST(Gemm, AddsTwoTermsOfDifferentK) {
   }
 }
 
+// BF16 by BF16 with k odd and beyond one step, and a low-rank term in F32 behind it: pairs of k
+// where the instruction set has them, then single ones.
+TEST(Gemm, AddsAnF32TermToABf16Product) {
+  for (const NamedKernels& isa : runnable_kernels()) {
+    Numbers numbers;
+    for (int round = 0; round < 48; ++round) {
+      const int64_t M = 7 + numbers.below(90), N = 50 + numbers.below(100);
+      const int64_t K = round % 3 == 0 ? 1 + numbers.below(40) : 1500 + numbers.below(700);
+      const bool ta = round & 1, tb = round & 2;
+      const GemmTerm terms[] = {
+          random_term(numbers, M, N, K, ta, tb, DType::BF16, DType::BF16, round % 5),
+          random_term(numbers, M, N, 1 + round % 17, false, round & 4, DType::F32, DType::F32, 2,
+                      2)};
+      check_product(isa, numbers, terms, M, N, round & 8 ? DType::BF16 : DType::F32, round & 4,
+                    round & 1, concat("M=", M, " N=", N, " K=", K, " transposes ", ta, tb));
+    }
+  }
+}
+
+// The pairs are told from the widened F32 by what vdpbf16ps does to subnormals: it takes them as
+// zero. This is how the test knows that the instruction runs, not a property to rely on.
+TEST(Gemm, MultipliesBf16InPairsWhereTheCpuIsFastAtIt) {
+  if (last_cpu_path(cpu_features()) < CpuPath::Avx512Bf16)
+    GTEST_SKIP() << "this CPU has no vdpbf16ps";
+  const auto product = [](const GemmKernels& kernels, DType dtype) {
+    const GemmTerm term{
+        Tensor::from_floats({64, 64}, std::vector<double>(64 * 64, 0x1p-130), dtype),
+        Tensor::from_floats({64, 64}, std::vector<double>(64 * 64, 0x1p100), dtype), false, true,
+        1};
+    ThreadPool pool(1);
+    Tensor c = Tensor::empty({64, 64}, DType::F32);
+    cpu_gemm(kernels, pool, c, {&term, 1}, {}, {});
+    return c.to_doubles()[77];
+  };
+  EXPECT_EQ(product(gemm_kernels(CpuPath::Avx512Bf16), DType::BF16), 0);
+  EXPECT_EQ(product(gemm_kernels(CpuPath::Avx512Bf16), DType::F32), 64 * 0x1p-30);
+  EXPECT_EQ(product(gemm_kernels(CpuPath::Avx512), DType::BF16), 64 * 0x1p-30);
+}
+
 TEST(Gemm, AgreesWithOpenBlasOverBlocksOfRowsAndLongK) {
   struct Size {
     int64_t M, N, K;
   };
   // More rows than one block; K too long for the packed rows, with more columns than are kept.
-  for (const Size s : {Size{800, 70, 300}, Size{1000, 900, 33}, Size{770, 2100, 4900}}) {
+  for (const Size s :
+       {Size{800, 70, 300}, Size{1000, 900, 33}, Size{770, 2100, 4900}, Size{770, 130, 9001}}) {
     Numbers numbers;
-    const Tensor a = random_matrix(numbers, s.M, s.K, DType::F32);
-    const Tensor b = random_matrix(numbers, s.N, s.K, DType::F32);
+    const Tensor a16 = random_matrix(numbers, s.M, s.K, DType::BF16);  // both exact in F32
+    const Tensor b16 = random_matrix(numbers, s.N, s.K, DType::BF16);
+    const Tensor a = a16.to(DType::F32), b = b16.to(DType::F32);
     const Tensor expected = Tensor::empty({s.M, s.N}, DType::F32);
     cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, int(s.M), int(s.N), int(s.K), 1.0f,
                 a.data<float>(), int(s.K), b.data<float>(), int(s.K), 0.0f, expected.data<float>(),
@@ -189,12 +232,16 @@ TEST(Gemm, AgreesWithOpenBlasOverBlocksOfRowsAndLongK) {
       if (isa.name == "portable" && s.K > 4000) continue;
       ThreadPool pool(2);
       Tensor c = Tensor::empty({s.M, s.N}, DType::F32);
-      const GemmTerm term{a, b, false, true, 1};
-      cpu_gemm(*isa.kernels, pool, c, {&term, 1}, {}, {});
-      double worst = 0;
-      for (int64_t i = 0; i < s.M * s.N; ++i)
-        worst = std::max(worst, std::fabs(double(c.data<float>()[i]) - expected.data<float>()[i]));
-      EXPECT_LE(worst, 1e-6 * double(s.K)) << isa.name << " M=" << s.M << " K=" << s.K;
+      for (const GemmTerm& term :
+           {GemmTerm{a, b, false, true, 1}, GemmTerm{a16, b16, false, true, 1}}) {
+        cpu_gemm(*isa.kernels, pool, c, {&term, 1}, {}, {});
+        double worst = 0;
+        for (int64_t i = 0; i < s.M * s.N; ++i)
+          worst =
+              std::max(worst, std::fabs(double(c.data<float>()[i]) - expected.data<float>()[i]));
+        EXPECT_LE(worst, 1e-6 * double(s.K))
+            << isa.name << " " << dtype_name(term.a.dtype()) << " M=" << s.M << " K=" << s.K;
+      }
     }
   }
 }
@@ -269,8 +316,9 @@ TEST(Gemm, GivesTheSameBytesWithAnyNumberOfThreads) {
                          Size{16, 700, 512, true, false}, Size{700, 16, 512, true, false},
                          Size{1, 3000, 300, false, true}, Size{300, 257, 1000, false, false}}) {
       Numbers numbers;
+      const DType dtype = s.K == 512 ? DType::F32 : DType::BF16;
       const GemmTerm terms[] = {
-          random_term(numbers, s.M, s.N, s.K, s.ta, s.tb, DType::F32, DType::BF16),
+          random_term(numbers, s.M, s.N, s.K, s.ta, s.tb, dtype, DType::BF16),
           random_term(numbers, s.M, s.N, 16, false, true, DType::F32, DType::F32)};
       Tensor first = Tensor::empty({s.M, s.N}, DType::F32);
       for (const int threads : {1, 2, 3, 8}) {
@@ -287,25 +335,26 @@ TEST(Gemm, GivesTheSameBytesWithAnyNumberOfThreads) {
 // An element's sum may not depend on its neighbours: rows of a taller product are those of a
 // shorter one (of the same path), so that tiles at the edge add in the order of full ones.
 TEST(Gemm, GivesARowTheSameBytesInTilesOfAnyHeight) {
-  for (const NamedKernels& isa : runnable_kernels()) {
-    Numbers numbers;
-    const int64_t M = 23, N = 149, K = 700;
-    const GemmTerm all = random_term(numbers, M, N, K, false, true, DType::F32, DType::F32);
-    ThreadPool pool(2);
-    Tensor whole = Tensor::empty({M, N}, DType::F32);
-    cpu_gemm(*isa.kernels, pool, whole, {&all, 1}, {}, {});
-    for (int64_t rows = 5; rows < M; ++rows) {
-      const int64_t cols = 49 + rows * 4;
-      const GemmTerm part{all.a.slice_rows(0, rows), all.b.slice_rows(0, cols), false, true, 1};
-      Tensor c = Tensor::empty({rows, cols}, DType::F32);
-      cpu_gemm(*isa.kernels, pool, c, {&part, 1}, {}, {});
-      for (int64_t m = 0; m < rows; ++m)
-        ASSERT_EQ(
-            std::memcmp(c.data<float>() + m * cols, whole.data<float>() + m * N, size_t(cols) * 4),
-            0)
-            << isa.name << " rows=" << rows;
+  for (const NamedKernels& isa : runnable_kernels())
+    for (const DType dtype : {DType::F32, DType::BF16}) {
+      Numbers numbers;
+      const int64_t M = 23, N = 149, K = 1700;
+      const GemmTerm all = random_term(numbers, M, N, K, false, true, dtype, dtype);
+      ThreadPool pool(2);
+      Tensor whole = Tensor::empty({M, N}, DType::F32);
+      cpu_gemm(*isa.kernels, pool, whole, {&all, 1}, {}, {});
+      for (int64_t rows = 5; rows < M; ++rows) {
+        const int64_t cols = 49 + rows * 4;
+        const GemmTerm part{all.a.slice_rows(0, rows), all.b.slice_rows(0, cols), false, true, 1};
+        Tensor c = Tensor::empty({rows, cols}, DType::F32);
+        cpu_gemm(*isa.kernels, pool, c, {&part, 1}, {}, {});
+        for (int64_t m = 0; m < rows; ++m)
+          ASSERT_EQ(std::memcmp(c.data<float>() + m * cols, whole.data<float>() + m * N,
+                                size_t(cols) * 4),
+                    0)
+              << isa.name << " rows=" << rows << " " << dtype_name(dtype);
+      }
     }
-  }
 }
 
 TEST(Gemm, RefusesF64AndThreeTerms) {

@@ -13,14 +13,6 @@
 namespace graft {
 namespace {
 
-struct CpuFeatures {
-  std::string vendor, brand;
-  int family = 0, model = 0;
-  bool avx2 = false;         // AVX2, FMA and F16C, the OS saving ymm
-  bool avx512 = false;       // F, BW, DQ and VL, the OS saving zmm and masks
-  bool avx512_bf16 = false;  // vdpbf16ps
-};
-
 struct Registers {
   uint32_t a = 0, b = 0, c = 0, d = 0;
 };
@@ -74,53 +66,77 @@ CpuFeatures read_features() {
   return f;
 }
 
-// The place of the choice. The order of preference is fixed: nothing is timed. A future Avx512Bf16
-// path belongs above Avx512, for vendor AuthenticAMD from family 25 (Zen 4) on alone: there
-// vdpbf16ps does twice the F32 rate, while on Intel from Sapphire Rapids on it does half of it.
-CpuChoice choose(const CpuFeatures& f) {
-  CpuChoice choice;
-  choice.cpu = concat(f.vendor, " family ", f.family, " model ", f.model,
-                      f.brand.empty() ? "" : " (" + f.brand + ")");
-  if (f.avx512) {
-    choice.path = CpuPath::Avx512;
-    choice.reason = "AVX-512 F, BW, DQ and VL, enabled by the operating system";
-    if (f.avx512_bf16 && f.vendor == "AuthenticAMD")
-      choice.reason += "; BF16 is widened to F32, a kernel with vdpbf16ps, faster here, is to come";
-    else if (f.avx512_bf16)
-      choice.reason +=
-          "; BF16 is widened to F32, as vdpbf16ps is slower than F32 FMA on this vendor";
-  } else if (f.avx2) {
-    choice.path = CpuPath::Avx2;
-    choice.reason = "AVX2, FMA and F16C, no AVX-512";
-  } else {
-    choice.path = CpuPath::Portable;
-    choice.reason = "no AVX2 with FMA and F16C";
-  }
-  return choice;
+// vdpbf16ps multiplies two pairs in the time of one F32 multiply-add on AMD's Zen 4 (family 25, as
+// Zen 3, which lacks it) and Zen 5 (family 26). On Intel's Sapphire Rapids kind it does half of the
+// work of F32 multiply-adds in the same time, so widening BF16 to F32 is twice as fast there.
+bool has_fast_bf16(const CpuFeatures& f) {
+  return f.avx512_bf16 && f.vendor == "AuthenticAMD" && (f.family == 25 || f.family == 26);
 }
 
-void override_choice(CpuChoice& choice, const char* name) {
-  const CpuPath best = choice.path;
-  if (std::strcmp(name, "portable") == 0)
-    choice.path = CpuPath::Portable;
-  else if (std::strcmp(name, "avx2") == 0)
-    choice.path = CpuPath::Avx2;
-  else if (std::strcmp(name, "avx512") == 0)
-    choice.path = CpuPath::Avx512;
-  else
-    fail("GRAFT_CPU: got '", name, "', wanted portable, avx2 or avx512");
-  CHECK(choice.path <= best, "GRAFT_CPU: ", name, " can't run on ", choice.cpu, ", wanted at most ",
-        cpu_path_name(best));
-  choice.reason = concat("GRAFT_CPU=", name);
+constexpr CpuPath kPaths[] = {CpuPath::Portable, CpuPath::Avx2, CpuPath::Avx512,
+                              CpuPath::Avx512Bf16};
+
+CpuPath path_by_name(const char* name) {
+  for (const CpuPath path : kPaths)
+    if (cpu_path_name(path) == name) return path;
+  fail("GRAFT_CPU: got '", name, "', wanted portable, avx2, avx512 or avx512_bf16");
 }
 
 CpuChoice choose_with_override() {
-  CpuChoice choice = choose(read_features());
-  if (const char* name = std::getenv("GRAFT_CPU"); name && *name) override_choice(choice, name);
+  CpuChoice choice = choose_cpu_path(cpu_features());
+  const char* name = std::getenv("GRAFT_CPU");
+  if (!name || !*name) return choice;
+  const CpuPath last = last_cpu_path(cpu_features());
+  choice.path = path_by_name(name);
+  CHECK(choice.path <= last, "GRAFT_CPU: ", name, " can't run on ", choice.cpu, ", wanted at most ",
+        cpu_path_name(last));
+  choice.reason = concat("GRAFT_CPU=", name);
   return choice;
 }
 
 }  // namespace
+
+CpuPath last_cpu_path(const CpuFeatures& f) {
+  return f.avx512_bf16 ? CpuPath::Avx512Bf16
+         : f.avx512    ? CpuPath::Avx512
+         : f.avx2      ? CpuPath::Avx2
+                       : CpuPath::Portable;
+}
+
+// The place of the choice. The order of preference is fixed: nothing is timed.
+CpuChoice choose_cpu_path(const CpuFeatures& f) {
+  CpuChoice choice;
+  choice.cpu = concat(f.vendor, " family ", f.family, " model ", f.model,
+                      f.brand.empty() ? "" : " (" + f.brand + ")");
+  choice.path = last_cpu_path(f);
+  if (choice.path == CpuPath::Avx512Bf16 && !has_fast_bf16(f)) choice.path = CpuPath::Avx512;
+  const char* avx512 = "AVX-512 F, BW, DQ and VL, enabled by the operating system";
+  switch (choice.path) {
+    case CpuPath::Avx512Bf16:
+      choice.reason =
+          concat(avx512, "; BF16 is multiplied by vdpbf16ps, twice as fast here as F32");
+      break;
+    case CpuPath::Avx512:
+      choice.reason = avx512;
+      if (f.avx512_bf16)
+        choice.reason +=
+            "; BF16 is widened to F32: vdpbf16ps is known to be faster on AMD families 25 and 26 "
+            "alone";
+      break;
+    case CpuPath::Avx2:
+      choice.reason = "AVX2, FMA and F16C, no AVX-512";
+      break;
+    case CpuPath::Portable:
+      choice.reason = "no AVX2 with FMA and F16C";
+      break;
+  }
+  return choice;
+}
+
+const CpuFeatures& cpu_features() {
+  static const CpuFeatures features = read_features();
+  return features;
+}
 
 const CpuChoice& cpu_choice() {
   static const CpuChoice choice = choose_with_override();
@@ -129,6 +145,8 @@ const CpuChoice& cpu_choice() {
 
 std::string_view cpu_path_name(CpuPath path) {
   switch (path) {
+    case CpuPath::Avx512Bf16:
+      return "avx512_bf16";
     case CpuPath::Avx512:
       return "avx512";
     case CpuPath::Avx2:

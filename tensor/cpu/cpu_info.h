@@ -7,11 +7,16 @@
 
 namespace graft {
 
-enum class CpuPath {
-  Portable,
-  Avx2,
-  Avx512
-};  // Avx512Bf16 (vdpbf16ps, for Zen 4) has its place here
+enum class CpuPath { Portable, Avx2, Avx512, Avx512Bf16 };  // each has what those before it have
+
+// What choose_cpu_path looks at.
+struct CpuFeatures {
+  std::string vendor, brand;  // as cpuid spells them
+  int family = 0, model = 0;
+  bool avx2 = false;         // AVX2, FMA and F16C, the OS saving ymm
+  bool avx512 = false;       // F, BW, DQ and VL, the OS saving zmm and masks
+  bool avx512_bf16 = false;  // vdpbf16ps
+};
 
 struct CpuChoice {
   CpuPath path;
@@ -19,8 +24,16 @@ struct CpuChoice {
   std::string reason;  // why this path, for `graft info --cpu`
 };
 
-// GRAFT_CPU=portable|avx2|avx512 overrides; one that this CPU can't run is an Error.
+// Of this CPU. GRAFT_CPU=portable|avx2|avx512|avx512_bf16 overrides; one that it can't run is an
+// Error.
 const CpuChoice& cpu_choice();
+
+// The decision itself: the path and the reason for a CPU with these features.
+CpuChoice choose_cpu_path(const CpuFeatures& features);
+// The last path that such a CPU can run, which need not be its fastest.
+CpuPath last_cpu_path(const CpuFeatures& features);
+const CpuFeatures& cpu_features();  // of this CPU
+
 std::string_view cpu_path_name(CpuPath path);
 
 }  // namespace graft

@@ -14,6 +14,9 @@ CpuKernels make_table(const char* name);
 namespace avx512 {
 CpuKernels make_table(const char* name);
 }
+namespace avx512_bf16 {
+CpuKernels make_table(const char* name);
+}
 namespace wide16 {
 CpuKernels make_table(const char* name);
 }
@@ -21,6 +24,10 @@ CpuKernels make_table(const char* name);
 // A table is filled by code of its own instruction set: only the one that was asked for may run.
 const CpuKernels& cpu_kernels(CpuPath path) {
   switch (path) {
+    case CpuPath::Avx512Bf16: {
+      static const CpuKernels table = avx512_bf16::make_table("avx512_bf16");
+      return table;
+    }
     case CpuPath::Avx512: {
       static const CpuKernels table = avx512::make_table("avx512");
       return table;

@@ -1,11 +1,12 @@
 // The inner loops of the fast CPU kernels, as a table of functions: one table per instruction set,
-// all three compiled from the same sources (cpu/kernels/*.cpp) with other flags. cpu_backend.cpp
+// all compiled from the same sources (cpu/kernels/*.cpp) with other flags. cpu_backend.cpp
 // cuts the work into pieces for the thread pool and calls these on a piece.
 //
-// A file in cpu/kernels/ is compiled once per instruction set into namespace GRAFT_ISA (avx512,
-// avx2, portable, and wide16, which is avx512's shape under AVX2 flags so that its logic is tested
-// everywhere). It includes nothing that instantiates library templates: such code would be shared
-// between the objects by the linker, and could run AVX-512 on a machine without it.
+// A file in cpu/kernels/ is compiled once per instruction set into namespace GRAFT_ISA (portable,
+// avx2, avx512, avx512_bf16, and wide16, which is the shape of the last under AVX2 flags so that
+// its logic is tested everywhere). It includes nothing that instantiates library templates: such
+// code would be shared between the objects by the linker, and could run AVX-512 on a machine
+// without it.
 #pragma once
 
 #include <cstdint>

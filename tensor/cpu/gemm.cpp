@@ -2,14 +2,16 @@
 //
 //   m0   block of at most kMaxRows rows of c; op(a)'s rows are packed once, by all threads, and
 //   shared n0   all columns, unless K is so long that the packed rows don't fit: then kKeptCols at
-//   a time k0   the k that the packed rows hold; mostly all of it
+//   a time k0   the words of k that the packed rows hold; mostly all of them
 //     piece: kGroup columns of c (and a part of the block's tiles), the unit given to a thread
-//       k    steps of kc: the thread packs kGroup columns of op(b), then
+//       k    steps of kc words: the thread packs kGroup columns of op(b), then
 //            multiplies every A tile with every panel, the sums staying in its L2 cache
 //       after the last k: sums + bias + addend, rounded once, into c
 //
-// Two terms are one product whose k runs on from the first to the second. The order of additions in
-// an element is fixed by K and kc alone, so neither threads nor block sizes change a bit of c.
+// A word is one k in F32, or where the CPU multiplies BF16 faster two k of a product of BF16 by
+// BF16 (kernels/gemm_kernels.h). Two terms are one product whose words run on from the first to the
+// second, of whatever kind. The order of additions in an element is fixed by the terms' k and kc
+// alone, so neither threads nor block sizes change a bit of c.
 #include "tensor/cpu/gemm.h"
 
 #include <algorithm>
@@ -69,11 +71,18 @@ struct Term {
   bool transpose_a, transpose_b;
   float alpha;
   int64_t k;
+  const GemmInner* inner;
+  int64_t per_word;  // elements of k
+
+  int64_t words() const { return divide_up(k, per_word); }
+  int64_t elements(int64_t word, int64_t words) const {
+    return std::min(k, (word + words) * per_word) - word * per_word;
+  }
 };
 
 // A call in plain terms. If `swapped`, it is c's transpose: a and b, M and N have changed places.
 struct Product {
-  int64_t M, N, K;
+  int64_t M, N, K;  // K in words
   std::array<Term, 2> terms;
   int num_terms = 0;
   bool swapped = false;
@@ -86,8 +95,13 @@ GemmMatrix matrix_of(const Tensor& t) {
   return {t.raw(), t.row_stride(), t.dtype()};
 }
 
-Product product_of(Tensor& c, std::span<const GemmTerm> terms, const Tensor& addend,
-                   const float* bias) {
+// Both BF16, and no factor that would have to be rounded to it.
+bool is_for_pairs(const GemmTerm& term) {
+  return term.a.dtype() == DType::BF16 && term.b.dtype() == DType::BF16 && term.alpha == 1;
+}
+
+Product product_of(const GemmKernels& kernels, Tensor& c, std::span<const GemmTerm> terms,
+                   const Tensor& addend, const float* bias) {
   CHECK(terms.size() == 1 || terms.size() == 2, "gemm: ", terms.size(), " terms, wanted 1 or 2");
   CHECK(c.dtype() == DType::F32 || c.dtype() == DType::BF16, "gemm: c is ", dtype_name(c.dtype()),
         ", wanted F32 or BF16");
@@ -99,9 +113,17 @@ Product product_of(Tensor& c, std::span<const GemmTerm> terms, const Tensor& add
   for (const GemmTerm& term : terms) {
     const int64_t k = term.transpose_a ? term.a.num_rows() : term.a.cols();
     if (k == 0) continue;
-    p.terms[p.num_terms++] = {matrix_of(term.a), matrix_of(term.b), term.transpose_a,
-                              term.transpose_b,  float(term.alpha), k};
-    p.K += k;
+    const bool pairs = kernels.pairs->multiply && is_for_pairs(term);
+    Term& t = p.terms[p.num_terms++];
+    t = {matrix_of(term.a),
+         matrix_of(term.b),
+         term.transpose_a,
+         term.transpose_b,
+         float(term.alpha),
+         k,
+         pairs ? kernels.pairs : &kernels.floats,
+         pairs ? 2 : 1};
+    p.K += t.words();
   }
   p.out = {c.raw(), c.row_stride(), c.dtype(), nullptr, 0, bias};
   if (addend.defined()) {
@@ -124,13 +146,13 @@ void swap_operands(Product& p) {
   p.swapped = true;
 }
 
-// Calls f(term, k within the term, offset within [begin, end), count) for the parts of [begin,
+// Calls f(term, word within the term, offset within [begin, end), words) for the parts of [begin,
 // end).
 template <class F>
 void for_terms(const Product& p, int64_t begin, int64_t end, F&& f) {
   int64_t start = 0;
-  for (int i = 0; i < p.num_terms; start += p.terms[i++].k) {
-    const int64_t from = std::max(begin, start), to = std::min(end, start + p.terms[i].k);
+  for (int i = 0; i < p.num_terms; start += p.terms[i++].words()) {
+    const int64_t from = std::max(begin, start), to = std::min(end, start + p.terms[i].words());
     if (from < to) f(p.terms[i], from - start, from - begin, to - from);
   }
 }
@@ -226,9 +248,10 @@ class Gemm {
     for_pieces(divide_up(tiles_, per_piece), [&](int64_t piece, int) {
       const int64_t end = std::min(tiles_, (piece + 1) * per_piece);
       for (int64_t tile = piece * per_piece; tile < end; ++tile)
-        for_terms(p_, k0_, k1_, [&](const Term& t, int64_t k, int64_t offset, int64_t count) {
-          kernels_.pack_a(packed_a_ + tile * tile_stride() + offset * kMr, t.a, t.transpose_a,
-                          m0_ + tile * kMr, std::min(kMr, rows_ - tile * kMr), k, count, t.alpha);
+        for_terms(p_, k0_, k1_, [&](const Term& t, int64_t word, int64_t offset, int64_t words) {
+          t.inner->pack_a(packed_a_ + tile * tile_stride() + offset * kMr, t.a, t.transpose_a,
+                          m0_ + tile * kMr, std::min(kMr, rows_ - tile * kMr), word * t.per_word,
+                          t.elements(word, words), t.alpha);
         });
     });
   }
@@ -245,6 +268,26 @@ class Gemm {
     });
   }
 
+  // Words of one kind, from `offset` within a step.
+  struct Run {
+    const GemmInner* inner;
+    int64_t offset, words;
+  };
+  struct Runs {
+    std::array<Run, 2> all;
+    int count = 0;
+  };
+  Runs runs_of(int64_t begin, int64_t end) const {
+    Runs runs;
+    for_terms(p_, begin, end, [&](const Term& t, int64_t, int64_t offset, int64_t words) {
+      if (runs.count > 0 && runs.all[runs.count - 1].inner == t.inner)
+        runs.all[runs.count - 1].words += words;
+      else
+        runs.all[runs.count++] = {t.inner, offset, words};
+    });
+    return runs;
+  }
+
   // Columns [group * kGroup, + kGroup) of the range, A tiles [first, last).
   void multiply_piece(int64_t group, int64_t next_group, int64_t first, int64_t last, float* own) {
     const int64_t nr = kernels_.nr, col0 = group * kGroup;
@@ -258,14 +301,19 @@ class Gemm {
       const int64_t calls = panels * divide_up(last - first, kernels_.tiles_sub);
       Prefetch ahead =
           k + kc < k1_ ? prefetch(k + kc, col0, calls) : prefetch(k0_, next_group * kGroup, calls);
+      const Runs runs = runs_of(k, k + kc);
       for (int64_t tile = first; tile < last; tile += kernels_.tiles_sub) {
         const int64_t end = std::min(last, tile + kernels_.tiles_sub);
         const int64_t rows = std::min(rows_, end * kMr) - tile * kMr;
         for (int64_t j = 0; j < panels; ++j) {
           ahead.next_part();
-          kernels_.multiply(sums + (j * tiles_ + tile) * kMr * nr,
-                            packed_a_ + tile * tile_stride() + (k - k0_) * kMr, tile_stride(),
-                            packed_b + j * kc_ * nr, kc, rows, std::min(nr, cols - j * nr), k > 0);
+          for (int i = 0; i < runs.count; ++i) {
+            const Run& run = runs.all[i];
+            run.inner->multiply(sums + (j * tiles_ + tile) * kMr * nr,
+                                packed_a_ + tile * tile_stride() + (k - k0_ + run.offset) * kMr,
+                                tile_stride(), packed_b + (j * kc_ + run.offset) * nr, run.words,
+                                rows, std::min(nr, cols - j * nr), k + run.offset > 0);
+          }
         }
       }
     }
@@ -284,8 +332,9 @@ class Gemm {
     Prefetch ahead;
     if (cols <= 0) return ahead;
     for_terms(p_, k, std::min(k + kc_, k1_),
-              [&](const Term& t, int64_t from, int64_t offset, int64_t count) {
+              [&](const Term& t, int64_t word, int64_t offset, int64_t words) {
                 if (offset > 0) return;
+                const int64_t from = word * t.per_word, count = t.elements(word, words);
                 ahead = t.transpose_b ? Prefetch(t.b, col, cols, from, count, calls)
                                       : Prefetch(t.b, from, count, col, cols, calls);
               });
@@ -293,9 +342,9 @@ class Gemm {
   }
 
   void pack_columns(float* panels, int64_t k, int64_t kc, int64_t col, int64_t cols) {
-    for_terms(p_, k, k + kc, [&](const Term& t, int64_t from, int64_t offset, int64_t count) {
-      kernels_.pack_b(panels + offset * kernels_.nr, kc_ * kernels_.nr, t.b, t.transpose_b, from,
-                      count, col, cols);
+    for_terms(p_, k, k + kc, [&](const Term& t, int64_t word, int64_t offset, int64_t words) {
+      t.inner->pack_b(panels + offset * kernels_.nr, kc_ * kernels_.nr, t.b, t.transpose_b,
+                      word * t.per_word, t.elements(word, words), col, cols);
     });
   }
 
@@ -345,10 +394,11 @@ void dot_products(const GemmKernels& kernels, ThreadPool& pool, const Product& p
 }
 
 bool is_for_dot_products(const Product& p) {
-  bool yes = p.M <= kDotRows && p.K > 0 && p.M * p.K <= kPackedA;
-  for (int i = 0; i < p.num_terms; ++i)
+  bool yes = p.M <= kDotRows && p.K > 0;
+  int64_t k = 0;
+  for (int i = 0; i < p.num_terms; k += p.terms[i++].k)
     yes = yes && p.terms[i].transpose_b && !p.terms[i].transpose_a;
-  return yes;
+  return yes && p.M * k <= kPackedA;
 }
 
 }  // namespace
@@ -356,7 +406,8 @@ bool is_for_dot_products(const Product& p) {
 void cpu_gemm(const GemmKernels& kernels, ThreadPool& pool, Tensor& c,
               std::span<const GemmTerm> terms, const Tensor& addend, const Tensor& bias) {
   const Tensor wide_bias = bias.defined() ? bias.to(DType::F32, Scope::Scratch) : Tensor();
-  Product p = product_of(c, terms, addend, bias.defined() ? wide_bias.data<float>() : nullptr);
+  Product p =
+      product_of(kernels, c, terms, addend, bias.defined() ? wide_bias.data<float>() : nullptr);
   if (p.M == 0 || p.N == 0) return;
   if (is_for_dot_products(p)) return dot_products(kernels, pool, p);
   if (p.N <= kNarrow && p.M > p.N) swap_operands(p);
@@ -375,6 +426,8 @@ int64_t gemm_scratch_bytes(int threads) {
 
 const GemmKernels& gemm_kernels(CpuPath path) {
   switch (path) {
+    case CpuPath::Avx512Bf16:
+      return avx512_bf16::gemm_kernels;
     case CpuPath::Avx512:
       return avx512::gemm_kernels;
     case CpuPath::Avx2:

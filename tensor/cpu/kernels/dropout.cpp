@@ -13,7 +13,7 @@ constexpr int kTurn = kGroups * kCounters * 4;  // elements
 typedef uint64_t VecU64 __attribute__((vector_size(4 * kLanes)));
 
 // Products of the low halves of the 64-bit lanes.
-#if defined(GRAFT_ISA_avx512)
+#if defined(__AVX512F__)
 inline VecU64 multiply_low(VecU64 a, VecU64 b) {
   return (VecU64)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);
 }

@@ -1,25 +1,12 @@
-// Packing, the micro kernel and the store of the matrix product, for one instruction set.
-//
-// A tile of 6 x nr sums stays in registers while k runs: 24 + 4 + 1 registers of 32 with AVX-512
-// (nr = 64), 12 + 2 + 1 of 16 with AVX2 (nr = 16). Every sum is one chain of multiply-adds over k
-// in the same order in full tiles and at the edges, so a result's bytes don't depend on where it
-// lies.
+// The matrix product of one instruction set: F32 packing (BF16 and F16 are widened), the store, dot
+// products for few rows, and the table. Read gemm_tile.h first.
 #include "tensor/cpu/kernels/gemm_kernels.h"
 
 #include "tensor/cpu/kernels/gemm_simd.h"
+#include "tensor/cpu/kernels/gemm_tile.h"
 
 namespace graft::GRAFT_ISA {
 namespace {
-
-constexpr int kVectors = kLanes == 16 ? 4 : 2;  // of a panel
-constexpr int kNr = kVectors * kLanes;
-
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <class T>
-const T* at(const GemmMatrix& m, int64_t i, int64_t j) {
-  return static_cast<const T*>(m.data) + i * m.stride + j;
-}
 
 // Calls f(T{}) with T the type of the elements.
 template <class F>
@@ -140,76 +127,15 @@ void pack_b(float* packed, int64_t panel_stride, const GemmMatrix& b, bool trans
   });
 }
 
-// --- the micro kernel ---
-
-// sums (R, V * lanes) = or += A tile (kc, 6)^T times panel (kc, nr), the first R rows and V
-// vectors.
-template <int R, int V>
-void multiply_tile(float* __restrict sums, const float* __restrict a, const float* __restrict b,
-                   int64_t kc, bool accumulate) {
-  Vec c[R][V];
-#pragma GCC unroll 6
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) c[i][j] = Vec::zero();
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < kc; ++k) {
-    Vec row[V];
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) row[j] = Vec::load(b + j * kLanes);
-#pragma GCC unroll 6
-    for (int i = 0; i < R; ++i) {
-      const Vec x = Vec::broadcast(a[i]);
-#pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) c[i][j] = multiply_add(x, row[j], c[i][j]);
-    }
-    a += kMr;
-    b += kNr;
+// What multiply_tile takes F32 words for.
+struct Floats {
+  using Row = Vec;
+  static Row load(const float* p) { return Vec::load(p); }
+  static Row broadcast(const float* p) { return Vec::broadcast(*p); }
+  static Vec multiply_add(Row x, Row row, Vec sum) {
+    return graft::GRAFT_ISA::multiply_add(x, row, sum);
   }
-#pragma GCC unroll 6
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) {
-      float* const s = sums + i * kNr + j * kLanes;
-      (accumulate ? Vec::load(s) + c[i][j] : c[i][j]).store(s);
-    }
-}
-
-template <int V>
-void multiply_rows(int64_t rows, float* sums, const float* a, const float* b, int64_t kc,
-                   bool accumulate) {
-  switch (rows) {
-    case 1:
-      return multiply_tile<1, V>(sums, a, b, kc, accumulate);
-    case 2:
-      return multiply_tile<2, V>(sums, a, b, kc, accumulate);
-    case 3:
-      return multiply_tile<3, V>(sums, a, b, kc, accumulate);
-    case 4:
-      return multiply_tile<4, V>(sums, a, b, kc, accumulate);
-    case 5:
-      return multiply_tile<5, V>(sums, a, b, kc, accumulate);
-    default:
-      return multiply_tile<6, V>(sums, a, b, kc, accumulate);
-  }
-}
-
-void multiply(float* sums, const float* a, int64_t tile_stride, const float* panel, int64_t kc,
-              int64_t rows, int64_t cols, bool accumulate) {
-  const int64_t vectors = (cols + kLanes - 1) / kLanes;
-  for (; rows > 0; rows -= kMr, sums += kMr * kNr, a += tile_stride) {
-    if (vectors == kVectors)
-      multiply_rows<kVectors>(rows, sums, a, panel, kc, accumulate);
-    else if (vectors == 1)
-      multiply_rows<1>(rows, sums, a, panel, kc, accumulate);
-    else if constexpr (kVectors == 4) {
-      if (vectors == 2)
-        multiply_rows<2>(rows, sums, a, panel, kc, accumulate);
-      else
-        multiply_rows<3>(rows, sums, a, panel, kc, accumulate);
-    }
-  }
-}
+};
 
 // --- the store ---
 
@@ -330,9 +256,8 @@ extern const GemmKernels gemm_kernels = {
     kNr,
     kLanes == 16 ? 512 : 384,
     kLanes == 16 ? 2 : 24,
-    pack_a,
-    pack_b,
-    multiply,
+    {pack_a, pack_b, multiply_panel<Floats>},
+    &gemm_pairs,
     store,
     store_transposed,
     dot,

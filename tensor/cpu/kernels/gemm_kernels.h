@@ -1,10 +1,11 @@
 // The inner loops of the matrix product as a table of functions, one table per instruction set
 // (gemm_kernels.cpp is compiled once for each). tensor/cpu/gemm.cpp cuts the work into pieces.
 //
-// Packed layouts, all F32, kMr = 6 rows to a tile, nr columns to a panel:
-//   A tile    [k][6]             op(a) times alpha, rows past the end zero
-//   B panel   [k][nr]            op(b), columns past the end zero
-//   sums      [tile][6][nr]      of one panel
+// Packed layouts, words of 32 bits, kMr = 6 rows to a tile, nr columns to a panel:
+//   A tile    [word][6]          op(a) times alpha, rows past the end zero
+//   B panel   [word][nr]         op(b), columns past the end zero
+//   sums      [tile][6][nr]      of one panel, F32
+// A word is an F32, one k; or two BF16, two k that follow each other.
 #pragma once
 
 #include <cstdint>
@@ -32,12 +33,10 @@ struct GemmStore {
   const float* bias;  // per column, from the panel's first; or nullptr
 };
 
-struct GemmKernels {
-  int64_t nr;         // columns of a panel
-  int64_t kc;         // the most k between two passes over the sums
-  int64_t tiles_sub;  // A tiles that are kept in the L2 cache while the panels of a group pass
+// Packing and multiplying with one kind of word. k and count are in elements, kc in words.
+struct GemmInner {
   // (rows, count) of a row-major matrix, or where `transposed` the transpose of (count, rows), from
-  // (row, k) on into one A tile.
+  // (row, k) on into one A tile. With pairs k is even and alpha 1.
   void (*pack_a)(float* tile, const GemmMatrix& a, bool transposed, int64_t row, int64_t rows,
                  int64_t k, int64_t count, float alpha);
   // (count, cols) from (k, col) on into B panels, panel_stride apart; transposed: b is (cols,
@@ -48,6 +47,14 @@ struct GemmKernels {
   // cols.
   void (*multiply)(float* sums, const float* a, int64_t tile_stride, const float* panel, int64_t kc,
                    int64_t rows, int64_t cols, bool accumulate);
+};
+
+struct GemmKernels {
+  int64_t nr;              // columns of a panel
+  int64_t kc;              // the most words between two passes over the sums
+  int64_t tiles_sub;       // A tiles that are kept in the L2 cache while the panels of a group pass
+  GemmInner floats;        // any operands, widened
+  const GemmInner* pairs;  // BF16 by BF16; its functions are nullptr where that too is widened
   void (*store)(const GemmStore& out, const float* sums, int64_t rows, int64_t cols);
   // c is (cols, rows): sums transposed on their way out, bias per row of the sums.
   void (*store_transposed)(const GemmStore& out, const float* sums, int64_t rows, int64_t cols);
@@ -63,6 +70,9 @@ namespace avx2 {
 extern const GemmKernels gemm_kernels;
 }
 namespace avx512 {
+extern const GemmKernels gemm_kernels;
+}
+namespace avx512_bf16 {
 extern const GemmKernels gemm_kernels;
 }
 namespace wide16 {

@@ -1,7 +1,7 @@
 // Vectors of floats for the CPU kernels, by GCC's vector extensions, so that one source serves
-// every instruction set: 16 lanes for avx512 and wide16, 8 for avx2, 4 for portable. Everything
-// here lies in namespace GRAFT_ISA and uses no library templates (tensor/cpu/cpu_kernels.h says
-// why).
+// every instruction set: 16 lanes with AVX-512 and for wide16, 8 for avx2, 4 for portable.
+// Everything here lies in namespace GRAFT_ISA and uses no library templates
+// (tensor/cpu/cpu_kernels.h says why).
 #pragma once
 
 #include <immintrin.h>
@@ -17,7 +17,7 @@
 
 namespace graft::GRAFT_ISA {
 
-#if defined(GRAFT_ISA_avx512) || defined(GRAFT_ISA_wide16)
+#if defined(__AVX512F__) || defined(GRAFT_ISA_wide16)
 constexpr int kLanes = 16;
 #elif defined(GRAFT_ISA_avx2)
 constexpr int kLanes = 8;
@@ -57,7 +57,7 @@ inline VecI32 lane_index() {
 
 // max and min give b where either is NaN, as the instructions do. (The maskz forms are those that
 // g++ 12 compiles without a false warning; a mask of ones costs nothing.)
-#if defined(GRAFT_ISA_avx512)
+#if defined(__AVX512F__)
 inline Vec max(Vec a, Vec b) { return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
 inline Vec min(Vec a, Vec b) { return (Vec)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
 inline Vec sqrt(Vec a) { return (Vec)_mm512_maskz_sqrt_ps(0xffff, (__m512)a); }
