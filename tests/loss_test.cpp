@@ -2,6 +2,8 @@
 // with strided rows, which the table does not have.
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "autograd/ops.h"
 #include "autograd/tape.h"
 #include "tensor/backend.h"
@@ -85,6 +87,31 @@ TEST(Loss, GradientScalesWithDy) {
                "dhidden");
   expect_close(half.weight.grad(), ops::scale(Variable(one.weight.grad()), 0.5).value(), 1e-6,
                "dweight");
+}
+
+// In BF16 dlogits are rounded before their product with the weight. What this costs must not exceed
+// the rounding of the result itself: against the same inputs in F64, at most one unit in the last
+// place of the largest element, and over all elements less than half of that.
+TEST(Loss, GradientInBf16IsAsPreciseAsItsOwnRounding) {
+  const int64_t T = 40, H = 64, V = 5000;
+  std::vector<int32_t> ids;
+  for (int32_t t = 0; t < T; ++t) ids.push_back(t % 7 ? t * 113 % int32_t(V) : kNone);
+  const Tensor labels = Tensor::from_ints({T}, ids);
+  const Tensor h = random_tensor({T, H}, DType::BF16, 5), w = random_tensor({V, H}, DType::BF16, 6);
+  const auto dhidden = [&](DType dtype) {
+    const Variable hidden(h.to(dtype), true), weight(w.to(dtype), false);
+    backward(ops::linear_cross_entropy(hidden, weight, labels, 1));
+    return hidden.grad();
+  };
+  const Tensor got = dhidden(DType::BF16), exact = dhidden(DType::F64);
+  expect_close(got, exact, 1.0 / 256, "dhidden");
+  const std::vector<double> a = got.to_doubles(), e = exact.to_doubles();
+  double squares = 0, error_squares = 0;
+  for (size_t i = 0; i < e.size(); ++i) {
+    squares += e[i] * e[i];
+    error_squares += (a[i] - e[i]) * (a[i] - e[i]);
+  }
+  EXPECT_LE(std::sqrt(error_squares / squares), 1.0 / 512);
 }
 
 // q, k, v are column slices of one product: their rows are further apart than they are wide.

@@ -151,6 +151,9 @@ TEST_P(PeftTrajectory, InBf16IsAsNearToF32AsPeft) {
                std::string(kGolden) + GetParam() + "/final/adapter_model.safetensors");
   EXPECT_LE(d.relative_l2, 1.2 * g["bf16_distance"]["final"]["relative_l2"].get<double>());
   EXPECT_GT(d.relative_l2, 0);
+  RecordProperty(
+      "share_of_pefts_distance",
+      std::to_string(d.relative_l2 / g["bf16_distance"]["final"]["relative_l2"].get<double>()));
   EXPECT_LE(relative_l2(result.losses, g["losses"]),
             1.2 * g["bf16_distance"]["losses"]["relative_l2"].get<double>());
 }
