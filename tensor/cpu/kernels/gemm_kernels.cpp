@@ -2,7 +2,6 @@
 // products for few rows, and the table. Read gemm_tile.h first.
 #include "tensor/cpu/kernels/gemm_kernels.h"
 
-#include "tensor/cpu/kernels/gemm_simd.h"
 #include "tensor/cpu/kernels/gemm_tile.h"
 
 namespace graft::GRAFT_ISA {
