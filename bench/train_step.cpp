@@ -1,21 +1,27 @@
-// One LoRA training step at a given shape, as bench_peers.sh compares it with PEFT's: loads a model
-// directory, takes random tokens, trains, and prints one line of JSON.
+// One LoRA training step at a given shape, on the CPU or a GPU, as bench_peers.sh and gpu.sh
+// compare it with PEFT's: takes random tokens, trains, and prints one line of JSON.
 //   train_step --make CONFIG.json DIR DTYPE     writes a model with random weights
-//   train_step DIR --dtype bfloat16 --seq 512 --batch 1 --rank 16 --steps 4 --threads 2
-//   [--checkpoint]
-#include <sys/resource.h>
+//   train_step MODEL [--device cpu|cuda] [--dtype bfloat16] [--seq 512] [--batch 1] [--rank 16]
+//              [--steps 4] [--threads 2] [--checkpoint] [--matmul-size 8192]
+// MODEL is a directory, or a config.json: then weights are random, made on the device.
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
 #include <string>
 #include <vector>
 
 #include "autograd/tape.h"
+#include "bench/gpu_model.h"
+#include "bench/matmul_rate.h"
+#include "bench/step_flops.h"
 #include "models/weights.h"
 #include "nn/lora.h"
 #include "nn/parameter_buffer.h"
@@ -59,9 +65,11 @@ DType dtype_of(const std::string& name) {
 }
 
 struct Arguments {
-  std::string model, dtype = "bfloat16";
-  int64_t seq = 512, batch = 1, rank = 16, steps = 4, threads = 0;
+  std::string model, dtype = "bfloat16", device = "cpu";
+  int64_t seq = 512, batch = 1, rank = 16, steps = 4, threads = 0, matmul_size = 8192;
   bool checkpoint = false;
+  bool on_gpu() const { return device == "cuda"; }
+  bool random_weights() const { return model.ends_with(".json"); }
 };
 
 Arguments parse(int argc, char** argv) {
@@ -77,6 +85,10 @@ Arguments parse(int argc, char** argv) {
     const std::string value = argv[++i];
     if (key == "--dtype")
       arguments.dtype = value;
+    else if (key == "--device")
+      arguments.device = value;
+    else if (key == "--matmul-size")
+      arguments.matmul_size = std::stoll(value);
     else if (key == "--seq")
       arguments.seq = std::stoll(value);
     else if (key == "--batch")
@@ -90,11 +102,14 @@ Arguments parse(int argc, char** argv) {
     else
       fail(key, ": unknown");
   }
+  CHECK(arguments.device == "cpu" || arguments.on_gpu(), "--device: got ", arguments.device,
+        ", expected cpu or cuda");
+  CHECK(arguments.steps > 0, "--steps: got ", arguments.steps, ", wanted 1 or more");
   return arguments;
 }
 
-void make_model(const std::string& config_path, const std::string& directory,
-                const std::string& dtype) {
+void write_model(const std::string& config_path, const std::string& directory,
+                 const std::string& dtype) {
   std::filesystem::create_directories(directory);
   const ModelConfig config = ModelConfig::load(config_path);
   save_weights(*random_model(config, dtype_of(dtype), 0), directory, dtype_of(dtype));
@@ -102,58 +117,141 @@ void make_model(const std::string& config_path, const std::string& directory,
                              std::filesystem::copy_options::overwrite_existing);
 }
 
-void run(const Arguments& arguments) {
-  if (arguments.threads) set_num_threads(int(arguments.threads));
-  auto model = load_model(arguments.model, dtype_of(arguments.dtype));
-  LoraConfig lora;
-  lora.r = arguments.rank;
-  lora.lora_dropout = 0;
-  attach_lora(*model, lora, 0);
-  std::vector<std::pair<std::string, Variable>> leaves;
-  for (const auto& [name, linear] : linear_layers(*model)) {
-    if (!linear->lora) continue;
-    leaves.emplace_back(name + ".lora_A", linear->lora->a);
-    leaves.emplace_back(name + ".lora_B", linear->lora->b);
+std::unique_ptr<Decoder> make_model(const Arguments& arguments) {
+  const DType dtype = dtype_of(arguments.dtype);
+  if (arguments.on_gpu()) {
+    CHECK(arguments.random_weights(), "train_step: on a GPU the model is made from a config, got ",
+          arguments.model, ", wanted a config.json");
+    return random_gpu_model(ModelConfig::load(arguments.model), dtype, 0);
   }
-  ParameterBuffer parameters(leaves, Device::CPU, Scope::Adapters);
+  if (arguments.random_weights()) return random_model(ModelConfig::load(arguments.model), dtype, 0);
+  return load_model(arguments.model, dtype);
+}
 
+PackedBatch random_batch(const Arguments& arguments, int64_t vocabulary) {
   Random random(1);
   std::vector<std::vector<int32_t>> rows(size_t(arguments.batch));
   for (auto& row : rows)
     for (int64_t t = 0; t < arguments.seq; ++t)
-      row.push_back(int32_t(random.below(uint64_t(model->config().vocab_size))));
-  const PackedBatch batch = pack(rows, rows);
+      row.push_back(int32_t(random.below(uint64_t(vocabulary))));
+  return pack(rows, rows);
+}
+
+struct Measured {
+  std::vector<double> times;  // of each step; the first is not part of the median
+  double loss = 0, start_to_first_step = 0;
+  double median() const {
+    std::vector<double> sorted(times.begin() + 1, times.end());
+    std::sort(sorted.begin(), sorted.end());
+    return sorted[(sorted.size() - 1) / 2];
+  }
+};
+
+// One step and `steps` more.
+Measured train(Decoder& model, const Arguments& arguments) {
+  LoraConfig lora;
+  lora.r = arguments.rank;
+  lora.lora_dropout = 0;
+  attach_lora(model, lora, 0);
+  std::vector<std::pair<std::string, Variable>> leaves;
+  for (const auto& [name, linear] : linear_layers(model)) {
+    if (!linear->lora) continue;
+    leaves.emplace_back(name + ".lora_A", linear->lora->a);
+    leaves.emplace_back(name + ".lora_B", linear->lora->b);
+  }
+  ParameterBuffer parameters(leaves, arguments.on_gpu() ? Device::CUDA : Device::CPU,
+                             Scope::Adapters);
+  const PackedBatch batch = random_batch(arguments, model.config().vocab_size);
   const double labels = double(arguments.batch * (arguments.seq - 1));
 
-  std::vector<double> times;
-  double first = 0, loss = 0, activations_anon = 0;
+  Measured measured;
   for (int64_t step = 1; step <= arguments.steps + 1; ++step) {
     const double start = now();
     parameters.zero_grad();
     ForwardContext context;
     context.training = true;
     context.dropout.step = uint32_t(step);
-    const Variable value = model->loss(batch, context, 1.0 / labels, arguments.checkpoint);
+    const Variable value = model.loss(batch, context, 1.0 / labels, arguments.checkpoint);
     backward(value);
     parameters.step({1e-4, 0.9, 0.999, 1e-8, 0.01, step}, parameters.grad_norm(), 1.0);
-    loss = value.value().item();
-    times.push_back(now() - start);
-    if (step == 1) first = since_process_start();
+    // Reading a number of the last parameter waits for the whole step on a GPU.
+    parameters.values().slice_rows(0, 1).to(Device::CPU);
+    measured.loss = value.value().item();
+    measured.times.push_back(now() - start);
+    if (step == 1) measured.start_to_first_step = since_process_start();
   }
-  activations_anon = status_gib("RssAnon:");
-  const double first_step = times[0];
-  std::sort(times.begin() + 1, times.end());
-  const double median = times[1 + (times.size() - 2) / 2];
-  std::printf(
-      "{\"who\": \"graft\", \"dtype\": \"%s\", \"seq\": %lld, \"batch\": %lld, \"threads\": %d, "
-      "\"loss\": %.4f, \"step_s\": "
-      "%.3f, \"tok_s\": %.1f, \"first_step_s\": %.3f, \"start_to_first_step_s\": %.2f, "
-      "\"peak_rss_gib\": %.2f, "
-      "\"anonymous_gib\": %.3f, \"checkpoint\": %s}\n",
-      arguments.dtype.c_str(), (long long)arguments.seq, (long long)arguments.batch,
-      thread_pool().num_threads(), loss, median, double(arguments.seq * arguments.batch) / median,
-      first_step, first, status_gib("VmHWM:"), activations_anon,
-      arguments.checkpoint ? "true" : "false");
+  return measured;
+}
+
+double rounded(double value, int decimals) {
+  const double scale = std::pow(10.0, decimals);
+  return std::round(value * scale) / scale;
+}
+
+// What the GPU's allocator saw: the most of each scope, of all at once, and what it holds.
+nlohmann::ordered_json gpu_memory() {
+  const MemoryStats stats = allocator_of(Device::CUDA).stats();
+  const auto gib = [](int64_t bytes) { return rounded(double(bytes) / (1 << 30), 3); };
+  nlohmann::ordered_json json;
+  for (int i = 0; i < kNumScopes; ++i)
+    json[std::string(scope_name(Scope(i)))] = gib(stats.peak[size_t(i)]);
+  json["at_once"] = gib(stats.peak_total);
+  json["reserved"] = gib(stats.reserved_peak);
+  return json;
+}
+
+nlohmann::ordered_json description(const Arguments& arguments) {
+  return {{"who", "graft"},
+          {"model", std::filesystem::path(arguments.model).stem().string()},
+          {"device", arguments.device},
+          {"dtype", arguments.dtype},
+          {"seq", arguments.seq},
+          {"batch", arguments.batch},
+          {"checkpoint", arguments.checkpoint}};
+}
+
+// The ceiling is measured right after the steps, on the chip as warm as they left it.
+nlohmann::ordered_json run(const Arguments& arguments) {
+  if (arguments.threads) set_num_threads(int(arguments.threads));
+  auto json = description(arguments);
+  auto model = make_model(arguments);
+  const Measured measured = train(*model, arguments);
+  const double step = measured.median();
+  const double tokens = double(arguments.seq * arguments.batch);
+  json["threads"] = thread_pool().num_threads();
+  json["loss"] = rounded(measured.loss, 4);
+  json["step_s"] = rounded(step, 5);
+  json["tok_s"] = rounded(tokens / step, 1);
+  json["first_step_s"] = rounded(measured.times[0], 3);
+  json["start_to_first_step_s"] = rounded(measured.start_to_first_step, 2);
+  json["peak_rss_gib"] = rounded(status_gib("VmHWM:"), 2);
+  json["anonymous_gib"] = rounded(status_gib("RssAnon:"), 3);
+  if (!arguments.on_gpu()) return json;
+
+  json["peak_gpu_gib"] = gpu_memory();
+  const double labelled = double(arguments.seq - 1) / double(arguments.seq);
+  const double flops =
+      step_flops_per_token(model->config(), double(arguments.seq), double(arguments.rank), labelled)
+          .total();
+  model.reset();  // the ceiling wants 400 MB
+  const double rate = gpu_matmul_rate(arguments.matmul_size);
+  json["gflop_per_token"] = rounded(flops / 1e9, 3);
+  json["matmul_tflops"] = rounded(rate / 1e12, 1);
+  json["utilisation"] = rounded(flops * tokens / step / rate, 4);
+  return json;
+}
+
+// A case that fails (most often for memory) is a line too, with the first line of the error.
+int report(const Arguments& arguments) {
+  auto json = description(arguments);
+  try {
+    json = run(arguments);
+  } catch (const Error& error) {
+    const std::string text = error.what();
+    json["error"] = text.substr(0, text.find('\n'));
+  }
+  std::printf("%s\n", json.dump().c_str());
+  return json.contains("error");
 }
 
 }  // namespace
@@ -161,11 +259,11 @@ void run(const Arguments& arguments) {
 int main(int argc, char** argv) {
   try {
     if (argc == 5 && !std::strcmp(argv[1], "--make"))
-      make_model(argv[2], argv[3], argv[4]);
+      write_model(argv[2], argv[3], argv[4]);
     else if (argc >= 2)
-      run(parse(argc, argv));
+      return report(parse(argc, argv));
     else
-      fail("usage: train_step --make CONFIG.json DIR DTYPE | train_step DIR [--dtype ...]");
+      fail("usage: train_step --make CONFIG.json DIR DTYPE | train_step MODEL [--device ...]");
   } catch (const std::exception& error) {
     std::fprintf(stderr, "train_step: %s\n", error.what());
     return 1;

@@ -15,5 +15,8 @@ Backend& cuda_backend();
 bool cuda_available(std::string* reason);
 // Where allocator_of(Device::CUDA) gets its memory. Throws as cuda_backend does.
 RawMemory& cuda_memory();
+// Fills y (dense, F32 or BF16, on the GPU) with deviation * N(0, 1): what random_model draws on the
+// CPU for its parameter `number`, without a copy on the host. random_fill.cu.
+void cuda_fill_normal(Tensor& y, uint64_t seed, uint32_t number, double deviation);
 
 }  // namespace graft

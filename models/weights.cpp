@@ -325,16 +325,13 @@ void widen_weights(Decoder& model) {
 
 namespace {
 
-// Element i of parameter p comes from stream (p, i / kRandomPiece): any thread may make any piece.
-constexpr int64_t kRandomPiece = 1 << 16;
-
 void fill_normal(Tensor& tensor, uint64_t seed, uint64_t number, double deviation) {
   const int64_t count = tensor.num_elements();
   const auto fill = [&]<class T>(T* values, auto convert) {
-    thread_pool().run((count + kRandomPiece - 1) / kRandomPiece, [&](int64_t piece, int) {
+    thread_pool().run((count + kNormalPiece - 1) / kNormalPiece, [&](int64_t piece, int) {
       Random random(seed, number << 32 | uint64_t(piece));
-      const int64_t end = std::min(count, (piece + 1) * kRandomPiece);
-      for (int64_t i = piece * kRandomPiece; i < end; ++i)
+      const int64_t end = std::min(count, (piece + 1) * kNormalPiece);
+      for (int64_t i = piece * kNormalPiece; i < end; ++i)
         values[i] = convert(random.normal() * deviation);
     });
   };

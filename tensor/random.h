@@ -55,4 +55,9 @@ class Random {
   int used_ = 4;
 };
 
+// How a tensor of normal numbers is drawn: element i of tensor number n of a model is element
+// i % kNormalPiece of Random(seed, n << 32 | i / kNormalPiece)'s normals, so that any thread, and
+// the GPU, may make any piece.
+constexpr int64_t kNormalPiece = 1 << 16;
+
 }  // namespace graft
