@@ -1,0 +1,121 @@
+// bench/gpu.sh, the driver of make gpu, with stand-ins for the programs that it runs: what it does
+// on a machine without a GPU, when memory runs out, and when something fails.
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <string>
+
+namespace {
+
+namespace fs = std::filesystem;
+
+std::string read(const fs::path& path) {
+  std::ifstream file(path);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+size_t count(const std::string& text, const std::string& part) {
+  size_t n = 0;
+  for (size_t at = text.find(part); at != std::string::npos; at = text.find(part, at + 1)) ++n;
+  return n;
+}
+
+class GpuScript : public testing::Test {
+ protected:
+  void SetUp() override {
+    fs::remove_all(folder_);
+    program("bench/cuda_kernels",
+            "[ \"$1\" = --device-info ] && echo '{\"gpu\": \"Fake GPU\", \"driver\": \"1.2\"}' && "
+            "exit\n"
+            "echo '{\"roofline\": \"copy\", \"gb_s\": 1.0}'\n");
+    program("bench/train_step", "echo \"{\\\"args\\\": \\\"$*\\\"}\"\n");
+    program("cuda_tests", "echo '3 passed, 0 failed, 1 skipped'\n");
+    // Keeps its arguments and its rows, one file per section.
+    program("bench/gpu_results", "{ echo \"$*\"; cat; } >\"$2/$3\"\n");
+    fs::create_directories(folder_ / "out");
+  }
+  void TearDown() override { fs::remove_all(folder_); }
+
+  void program(const std::string& name, const std::string& body) {
+    const fs::path path = folder_ / name;
+    fs::create_directories(path.parent_path());
+    std::ofstream(path) << "#!/bin/sh\n" << body;
+    fs::permissions(path, fs::perms::owner_all);
+  }
+  // The exit status; what it printed is in printed_.
+  int run(const std::string& parts) {
+    const std::string at = folder_.string();
+    const int status = std::system(
+        ("PATH=/usr/bin:/bin PEERS_PYTHON=/bin/false COMMIT=c0ffee BIN=" + at + " OUT=" + at +
+         "/out LOG=" + at + "/log bench/gpu.sh " + parts + " >" + at + "/printed 2>&1")
+            .c_str());
+    printed_ = read(folder_ / "printed");
+    return WEXITSTATUS(status);
+  }
+  std::string section(const std::string& name) { return read(folder_ / "out" / name); }
+
+  fs::path folder_ = fs::temp_directory_path() / ("gpu_script_" + std::to_string(getpid()));
+  std::string printed_;
+};
+
+TEST_F(GpuScript, SaysThatThereIsNoGpuAndEndsWith2) {
+  program("bench/cuda_kernels", "echo 'no NVIDIA driver on this machine' >&2; exit 2\n");
+  for (const char* parts : {"", "test", "bench", "step", "peers"}) {
+    EXPECT_EQ(run(parts), 2) << parts;
+    EXPECT_EQ(printed_, "gpu: no NVIDIA driver on this machine; nothing was run\n");
+  }
+  EXPECT_TRUE(fs::is_empty(folder_ / "out"));
+}
+
+TEST_F(GpuScript, RecordsEveryPartWithCommitAndDevice) {
+  EXPECT_EQ(run(""), 0) << printed_;
+  for (const char* name : {"test", "bench", "step"}) {
+    const std::string text = section(name);
+    EXPECT_NE(text.find(std::string(name) + " c0ffee 2"), std::string::npos) << text;
+    EXPECT_NE(text.find("\"gpu\": \"Fake GPU\""), std::string::npos) << text;
+  }
+  EXPECT_NE(section("test").find("\"what\": \"cuda_tests\", \"outcome\": \"3 passed, 0 failed, 1"),
+            std::string::npos);
+  EXPECT_NE(section("test").find("compute-sanitizer"), std::string::npos);
+  EXPECT_EQ(count(section("step"), "--seq 2048 --batch 8"), 4u);
+  EXPECT_EQ(count(section("step"), "--seq 2048 --batch 1 "), 4u);
+  // Python has no torch: no rows, and a line that says so.
+  EXPECT_FALSE(fs::exists(folder_ / "out" / "peers"));
+  EXPECT_NE(printed_.find("no comparison: /bin/false has no torch"), std::string::npos) << printed_;
+}
+
+TEST_F(GpuScript, TakesGradientCheckpointingWhereMemoryDoesNotSuffice) {
+  program("bench/train_step",
+          "case \"$*\" in\n"
+          "  *8b*--batch\\ 8*--checkpoint) echo \"{\\\"args\\\": \\\"$*\\\"}\" ;;\n"
+          "  *8b*--batch\\ 8*) echo '{\"error\": \"out of memory: 1 MiB more\"}'; exit 1 ;;\n"
+          "  *) echo \"{\\\"args\\\": \\\"$*\\\"}\" ;;\n"
+          "esac\n");
+  EXPECT_EQ(run("step"), 0) << printed_;
+  EXPECT_EQ(count(section("step"), "out of memory"), 1u);
+  EXPECT_EQ(count(section("step"), "--checkpoint"), 1u);
+}
+
+TEST_F(GpuScript, EndsWith1WhereSomethingFailed) {
+  program("cuda_tests", "echo 'a.cpp:3: Failure'; echo '2 passed, 1 failed, 0 skipped'; exit 1\n");
+  EXPECT_EQ(run("test"), 1);
+  EXPECT_NE(printed_.find("a.cpp:3: Failure"), std::string::npos) << printed_;
+  EXPECT_NE(section("test").find("2 passed, 1 failed"), std::string::npos);
+  program("bench/train_step", "echo '{\"error\": \"cuda: misaligned address\"}'; exit 1\n");
+  EXPECT_EQ(run("step"), 1);
+  EXPECT_EQ(run("nonsense"), 1);
+}
+
+TEST_F(GpuScript, StopsWhatTakesTooLong) {
+  program("cuda_tests", "sleep 60\n");
+  setenv("LIMIT", "6", 1);
+  EXPECT_EQ(run("test"), 1);
+  unsetenv("LIMIT");
+  EXPECT_NE(section("test").find("not finished in time"), std::string::npos) << printed_;
+}
+
+}  // namespace
