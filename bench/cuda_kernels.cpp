@@ -16,7 +16,6 @@
 
 #include "bench/matmul_rate.h"
 #include "cuda/device_backend.h"
-#include "cuda/gpu.cuh"
 #include "models/config.h"
 
 using namespace graft;
@@ -33,6 +32,8 @@ struct Options {
   bool device_info = false;
 };
 
+void check(cudaError_t error) { CHECK(error == cudaSuccess, "cuda: ", cudaGetErrorString(error)); }
+
 // Random numbers, for a chip that is limited by its power is faster on zeros.
 Tensor on_gpu(Shape shape, DType dtype = DType::BF16) {
   Tensor t = Tensor::empty(shape, dtype, Device::CUDA);
@@ -48,8 +49,8 @@ double rounded(double value, int decimals) {
 class Bench {
  public:
   explicit Bench(const Options& options) : options_(options) {
-    CUDA_CHECK(cudaEventCreate(&start_));
-    CUDA_CHECK(cudaEventCreate(&stop_));
+    check(cudaEventCreate(&start_));
+    check(cudaEventCreate(&stop_));
     // Larger than any L2.
     flush_ = Tensor::empty({int64_t(options.tokens > 2048 ? 256 : 1) << 18}, DType::F32,
                            Device::CUDA, Scope::Scratch);
@@ -63,12 +64,12 @@ class Bench {
     std::vector<float> times;
     for (int i = 0; i < options_.repeats + 2; ++i) {
       backend().fill(flush_, i);
-      CUDA_CHECK(cudaEventRecord(start_, stream));
+      check(cudaEventRecord(start_, stream));
       call();
-      CUDA_CHECK(cudaEventRecord(stop_, stream));
-      CUDA_CHECK(cudaEventSynchronize(stop_));
+      check(cudaEventRecord(stop_, stream));
+      check(cudaEventSynchronize(stop_));
       float ms = 0;
-      CUDA_CHECK(cudaEventElapsedTime(&ms, start_, stop_));
+      check(cudaEventElapsedTime(&ms, start_, stop_));
       if (i >= 2) times.push_back(ms);
     }
     std::sort(times.begin(), times.end());
@@ -355,7 +356,7 @@ std::string driver_version() {
 
 Json device_info() {
   cudaDeviceProp device{};
-  CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+  check(cudaGetDeviceProperties(&device, 0));
   return {{"gpu", device.name},
           {"memory_gib", rounded(double(device.totalGlobalMem) / (1 << 30), 1)},
           {"multiprocessors", device.multiProcessorCount},

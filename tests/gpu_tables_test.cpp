@@ -3,6 +3,9 @@
 
 #include <gtest/gtest.h>
 
+#include <filesystem>
+#include <fstream>
+
 namespace graft {
 namespace {
 
@@ -82,6 +85,22 @@ TEST(GpuTables, ListTheKernelsOfTheLastModel) {
   EXPECT_NE(text.find("; copy 3000 GB/s; large\n"), std::string::npos) << text;
   EXPECT_NE(text.find("| add | T 9 | 12.3 | 1500 |  | 50 % |\n"), std::string::npos) << text;
   EXPECT_EQ(text.find("| s |"), std::string::npos) << text;
+}
+
+TEST(GpuTables, InTheReadmesAreThoseOfTheResults) {
+  const auto read = [](const std::filesystem::path& path) {
+    std::ifstream file(path, std::ios::binary);
+    return std::string(std::istreambuf_iterator<char>(file), {});
+  };
+  std::vector<std::filesystem::path> paths;
+  if (std::filesystem::is_directory("bench/results"))
+    for (const auto& entry : std::filesystem::directory_iterator("bench/results"))
+      if (entry.path().extension() == ".json") paths.push_back(entry.path());
+  std::sort(paths.begin(), paths.end());
+  std::vector<Json> results;
+  for (const auto& path : paths) results.push_back(Json::parse(read(path)));
+  for (const char* page : {"README.md", "bench/README.md"})
+    EXPECT_EQ(with_tables(read(page), results), read(page)) << "make gpu-tables mends it";
 }
 
 TEST(GpuTables, NameFilesByTheGpu) {
