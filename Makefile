@@ -40,7 +40,7 @@ KERNEL_OBJ := $(foreach isa,$(ISAS),$(KERNEL_SRC:%.cpp=$(BUILD)/obj/%.$(isa).o))
 LIB_OBJ    := $(LIB_SRC:%.cpp=$(BUILD)/obj/%.o) $(KERNEL_OBJ)
 TEST_SRC   := $(wildcard tests/*.cpp)
 TEST_OBJ   := $(TEST_SRC:%.cpp=$(BUILD)/obj/%.o)
-BENCH_SRC  := $(wildcard bench/*.cpp)
+BENCH_SRC  := $(filter-out bench/cuda_kernels.cpp,$(wildcard bench/*.cpp))
 BENCH_BIN  := $(BENCH_SRC:bench/%.cpp=$(BUILD)/bench/%)
 
 # --- the device: kernels by nvcc where it is, else a backend that says why there is none [NVCC=none] ---
@@ -143,6 +143,8 @@ build/nvcc/%.o: %.cpp
 	$(CXX) $(ALLFLAGS) -isystem $(CUDA_HOME)/include -c -o $@ $<
 
 -include $(CUDA_OBJ:.o=.d) $(NVCC_TESTS:.o=.d) $(LIB_OBJ:.o=.d) $(TEST_OBJ:.o=.d) $(BUILD)/obj/train/main.d $(BENCH_BIN:%=%.d)
+
+include bench/gpu.mk
 
 # --- what people run --------------------------------------------------------------------------------
 # demo and test start a second make, so that it sees what the first has installed.

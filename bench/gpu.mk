@@ -13,6 +13,12 @@ build/bench/cuda_kernels: build/nvcc/bench/cuda_kernels.o $(GRAFT)
 	@mkdir -p $(@D)
 	$(CXX) $(ALLFLAGS) -o $@ $< $(GRAFT_LIBS)
 
+# The same programs over emulated kernels, at a toy shape: that they run, not how fast.
+EMU_BENCH := $(EMU)/fast/bench/train_step $(EMU)/fast/bench/cuda_kernels
+$(EMU_BENCH): $(EMU)/fast/bench/%: $(EMU)/fast/bench/%.o $(call emu_backend,fast) build/libgraft.a
+	$(CXX) -o $@ $^ -lboost_context -lopenblas $(LIBS)
+-include $(EMU_BENCH:=.d)
+
 # --- programs for other machines: non-CUDA libraries linked statically, device code for $(2) ----------
 STATIC_LIBS := $(patsubst -l%,-l:lib%.a,$(filter -l%,$(LIBS))) -static-libstdc++ -static-libgcc -pthread
 HOST_OBJ    := build/obj/train/main.o build/obj/bench/train_step.o build/obj/bench/gpu_results.o build/nvcc/bench/cuda_kernels.o
@@ -46,7 +52,7 @@ $(eval $(call packed_rules,packed-dist,$(call gencode,$(DIST_ARCH)) -gencode arc
 -include $(GPU_TEST_OBJ:.o=.d) $(HOST_OBJ:.o=.d)
 
 # --- what people run -----------------------------------------------------------------------------------
-.PHONY: gpu gpu-test gpu-bench gpu-step gpu-peers gpu-tables gpu-kit dist gpu-build gpu-card need-nvcc
+.PHONY: gpu gpu-test gpu-bench gpu-step gpu-peers gpu-rehearsal gpu-tables gpu-kit dist gpu-build gpu-card need-nvcc
 
 gpu: gpu-build  ## on a machine with an NVIDIA GPU: all four parts below, results into bench/results
 	@bench/gpu.sh
@@ -59,6 +65,13 @@ gpu-step: gpu-build  ## a training step at the shapes of four models
 	@bench/gpu.sh step
 gpu-peers: gpu-build  ## the same step here and in PEFT, in turn [PEERS_PYTHON=python3 COMPILE=1]
 	@bench/gpu.sh peers
+gpu-rehearsal:  ## gpu-bench and gpu-step on emulated kernels at a toy shape, for machines without a GPU
+	@$(MAKE) --no-print-directory -j$(JOBS) $(EMU_BENCH) build/bench/gpu_results
+	@mkdir -p build/rehearsal/bin && ln -sfn ../../emu/fast/bench build/rehearsal/bin/bench && \
+	  ln -sf ../../../bench/gpu_results $(EMU)/fast/bench/
+	@OPENBLAS_NUM_THREADS=1 MODELS=rehearsal SEQUENCE=64 STEP_ARGS="--steps 1 --matmul-size 64" \
+	  BENCH_ARGS="--tokens 128 --repeats 1 --matmul-size 64 --sustained 0.1" \
+	  BIN=build/rehearsal/bin OUT=build/rehearsal LOG=build/rehearsal/log bench/gpu.sh bench step
 gpu-tables:  ## renew the README's tables from bench/results
 	@$(MAKE) --no-print-directory -j$(JOBS) build/bench/gpu_results
 	build/bench/gpu_results tables bench/results README.md bench/README.md

@@ -6,6 +6,7 @@
 #   OUT=bench/results    where <gpu>.json goes     LOG=build/gpu    where all output goes
 #   LIMIT=520            seconds for each part     COMMIT=...       what is recorded beside the numbers
 #   PEERS_PYTHON=python3 COMPILE=0 ROUNDS=2        the comparison with PEFT
+#   MODELS="qwen3-4b ..." SEQUENCE=2048 BENCH_ARGS="--sustained 60" STEP_ARGS="--steps 7"    other shapes
 # Exit status: 0, 1 where something failed, 2 where there is no usable GPU.
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -16,7 +17,8 @@ limit=${LIMIT:-520}
 python=${PEERS_PYTHON:-python3}
 commit=${COMMIT:-$(git describe --always --dirty 2>/dev/null)}
 date=$(date -u +%F)
-models="qwen2.5-0.5b qwen3-0.6b qwen3-4b llama-3.1-8b"
+models=${MODELS:-qwen2.5-0.5b qwen3-0.6b qwen3-4b llama-3.1-8b}
+sequence=${SEQUENCE:-2048}
 failed=0
 
 device=$("$bin/bench/cuda_kernels" --device-info 2>&1) || {
@@ -90,7 +92,7 @@ part_test() {
 }
 
 part_bench() {
-  limited "$limit" "$bin/bench/cuda_kernels" --sustained 60 2>"$log/bench.err" >>"$rows" || {
+  limited "$limit" "$bin/bench/cuda_kernels" --models "${models// /,}" ${BENCH_ARGS:---sustained 60} 2>"$log/bench.err" >>"$rows" || {
     echo "cuda_kernels ended with status $?: $(tail -n 1 "$log/bench.err")"
     failed=1
   }
@@ -111,7 +113,7 @@ step_row() {
   case $line in *'"error"'*) return 1 ;; esac
 }
 graft_step() {  # MODEL BATCH: without checkpointing, and with it where memory does not suffice
-  local command="$bin/bench/train_step bench/models/$1.json --device cuda --seq 2048 --batch $2 --steps 7"
+  local command="$bin/bench/train_step bench/models/$1.json --device cuda --seq $sequence --batch $2 ${STEP_ARGS:---steps 7}"
   step_row 90 $command && return
   case $(tail -n 1 "$rows") in *"out of memory"*) step_row 90 $command --checkpoint && return ;; esac
   failed=1
@@ -135,7 +137,7 @@ part_peers() {
       for model in $models; do
         [ $((end - SECONDS)) -gt 60 ] || { echo "no time left from round $round, $model, batch $batch on"; return; }
         graft_step $model $batch
-        command="$python bench/peft_step.py bench/models/$model.json --device cuda --seq 2048 --batch $batch --steps 5"
+        command="$python bench/peft_step.py bench/models/$model.json --device cuda --seq $sequence --batch $batch --steps 5"
         for setting in $settings; do
           step_row 90 $command --attn $setting
           if [ "${COMPILE:-0}" = 1 ]; then step_row 200 $command --attn $setting --compile; fi

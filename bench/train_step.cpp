@@ -119,13 +119,10 @@ void write_model(const std::string& config_path, const std::string& directory,
 
 std::unique_ptr<Decoder> make_model(const Arguments& arguments) {
   const DType dtype = dtype_of(arguments.dtype);
-  if (arguments.on_gpu()) {
-    CHECK(arguments.random_weights(), "train_step: on a GPU the model is made from a config, got ",
-          arguments.model, ", wanted a config.json");
-    return random_gpu_model(ModelConfig::load(arguments.model), dtype, 0);
-  }
-  if (arguments.random_weights()) return random_model(ModelConfig::load(arguments.model), dtype, 0);
-  return load_model(arguments.model, dtype);
+  if (!arguments.random_weights())
+    return load_model(arguments.model, dtype, arguments.on_gpu() ? Device::CUDA : Device::CPU);
+  const ModelConfig config = ModelConfig::load(arguments.model);
+  return arguments.on_gpu() ? random_gpu_model(config, dtype, 0) : random_model(config, dtype, 0);
 }
 
 PackedBatch random_batch(const Arguments& arguments, int64_t vocabulary) {

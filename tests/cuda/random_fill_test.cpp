@@ -50,7 +50,9 @@ TEST_F(RandomFill, TakesAStreamForEachPiece) {
   Random first(5, uint64_t(9) << 32), second(5, uint64_t(9) << 32 | 1);
   for (int64_t i = 0; i < kNormalPiece + 3; ++i) {
     const double expected = 2.0 * (i < kNormalPiece ? first : second).normal();
-    if (i < 3 || i >= kNormalPiece - 3) EXPECT_NEAR(got[size_t(i)], expected, 1e-6) << i;
+    if (i < 3 || i >= kNormalPiece - 3) {
+      EXPECT_NEAR(got[size_t(i)], expected, 1e-6) << i;
+    }
   }
 }
 
