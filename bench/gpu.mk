@@ -13,6 +13,10 @@ build/bench/cuda_kernels: build/nvcc/bench/cuda_kernels.o $(GRAFT)
 	@mkdir -p $(@D)
 	$(CXX) $(ALLFLAGS) -o $@ $< $(GRAFT_LIBS)
 
+build/bench/gpu_results: build/obj/bench/gpu_results.o
+	@mkdir -p $(@D)
+	$(CXX) $(ALLFLAGS) -o $@ $<
+
 # The same programs over emulated kernels, at a toy shape: that they run, not how fast.
 EMU_BENCH := $(EMU)/fast/bench/train_step $(EMU)/fast/bench/cuda_kernels
 $(EMU_BENCH): $(EMU)/fast/bench/%: $(EMU)/fast/bench/%.o $(call emu_backend,fast) build/libgraft.a
