@@ -40,7 +40,7 @@ KERNEL_OBJ := $(foreach isa,$(ISAS),$(KERNEL_SRC:%.cpp=$(BUILD)/obj/%.$(isa).o))
 LIB_OBJ    := $(LIB_SRC:%.cpp=$(BUILD)/obj/%.o) $(KERNEL_OBJ)
 TEST_SRC   := $(wildcard tests/*.cpp)
 TEST_OBJ   := $(TEST_SRC:%.cpp=$(BUILD)/obj/%.o)
-BENCH_SRC  := $(filter-out bench/cuda_kernels.cpp,$(wildcard bench/*.cpp))
+BENCH_SRC  := $(filter-out bench/cuda_%,$(wildcard bench/*.cpp))
 BENCH_BIN  := $(BENCH_SRC:bench/%.cpp=$(BUILD)/bench/%)
 
 # --- the device: kernels by nvcc where it is, else a backend that says why there is none [NVCC=none] ---
@@ -72,14 +72,14 @@ EMU_FLAGS   := -std=c++20 -O2 -g -DCUDA_EMU -Icuda/emulator -I. -Wall -Wextra -W
 EMU_asan    := -fsanitize=address,undefined -fno-sanitize-recover=all
 EMU_race    := -DEMU_RACECHECK
 EMU_SRC     := $(filter-out %/racecheck.cpp,$(wildcard cuda/emulator/*.cpp)) $(CUDA_SRC)
-EMU_TESTS   := $(wildcard tests/cuda/*.cpp tests/cuda/*.cu) tests/op_cases.cpp
+EMU_TESTS   := $(wildcard tests/cuda/*.cpp tests/cuda/*.cu) tests/op_cases.cpp bench/cuda_ladder_table.cpp
 EMU_BIN     := $(EMU_KINDS:%=$(EMU)/%/cuda_tests) $(EMU)/fast/graft
 emu_names    = $(patsubst %.cu,$(EMU)/$(1)/%.cu.o,$(patsubst %.cpp,$(EMU)/$(1)/%.o,$(2)))
 emu_backend  = $(call emu_names,$(1),$(EMU_SRC) $(wildcard cuda/*.cu)) $(if $(filter race,$(1)),$(EMU)/race/cuda/emulator/racecheck.o)
 emu_tests    = $(call emu_names,$(1),$(EMU_TESTS))
 
 .DEFAULT_GOAL := all
-.PHONY: all help deps demo demo-base test emulated emulated-train bench bench-peers check format clean install-packages
+.PHONY: all help deps demo demo-base test emulated emulated-train ladder bench bench-peers check format clean install-packages
 
 all: $(BUILD)/graft  ## build build/graft
 
@@ -142,6 +142,19 @@ build/nvcc/%.o: %.cpp
 	@mkdir -p $(@D)
 	$(CXX) $(ALLFLAGS) -isystem $(CUDA_HOME)/include -c -o $@ $<
 
+# The table of cuda/README.md: bank conflicts by emulation, registers as ptxas lists them, times by a GPU.
+LADDER_PTXAS := $(patsubst %.cu,build/nvcc/%.ptxas,$(wildcard cuda/gemm_by_hand*.cu cuda/lora_linear.cu cuda/rms_norm.cu \
+                  cuda/cross_entropy*.cu cuda/attention*.cu))
+build/nvcc/%.ptxas: %.cu $(wildcard cuda/*.h cuda/*.cuh)
+	@mkdir -p $(@D)
+	@$(NVCC) -std=c++20 -O3 -I. -gencode arch=compute_90a,code=sm_90a -Xptxas -v -cubin -o $(@:.ptxas=.cubin) $< >$@ 2>&1 || \
+	  { cat $@; rm $@; exit 1; }
+$(EMU)/fast/cuda_ladder: $(call emu_names,fast,bench/cuda_ladder.cpp bench/cuda_ladder_table.cpp) $(call emu_backend,fast) build/libgraft.a
+	$(CXX) -o $@ $^ -lboost_context -lopenblas $(LIBS)
+build/nvcc/cuda_ladder: build/nvcc/bench/cuda_ladder.o build/nvcc/bench/cuda_ladder_table.o $(GRAFT)
+	$(CXX) $(ALLFLAGS) -o $@ $(filter %.o,$^) $(GRAFT_LIBS)
+
+-include $(EMU)/fast/bench/cuda_ladder.d build/nvcc/bench/cuda_ladder.d build/nvcc/bench/cuda_ladder_table.d
 -include $(CUDA_OBJ:.o=.d) $(NVCC_TESTS:.o=.d) $(LIB_OBJ:.o=.d) $(TEST_OBJ:.o=.d) $(BUILD)/obj/train/main.d $(BENCH_BIN:%=%.d)
 
 include bench/gpu.mk
@@ -174,6 +187,15 @@ emulated-train:  ## fine-tune the bundled model with every kernel emulated, and 
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
 	@$(MAKE) --no-print-directory -j$(JOBS) $(EMU)/fast/cuda_tests
 	OPENBLAS_NUM_THREADS=1 GRAFT_FINETUNE_STEPS=$(or $(STEPS),20) $(EMU)/fast/cuda_tests --gtest_filter='*FinetuneOnCuda*'
+
+ladder:  ## what each rung of each CUDA kernel costs, into cuda/README.md; what this machine cannot measure is "-"
+	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
+	@$(MAKE) --no-print-directory -j$(JOBS) $(EMU)/fast/cuda_ladder $(if $(filter-out none,$(NVCC)),$(LADDER_PTXAS))
+ifneq ($(CARD),)
+	@$(MAKE) --no-print-directory -j$(JOBS) build/nvcc/cuda_ladder
+	build/nvcc/cuda_ladder --time bench/results --commit $$(git rev-parse --short HEAD)
+endif
+	$(EMU)/fast/cuda_ladder --table cuda/README.md --results bench/results --ptxas build/nvcc/cuda
 
 bench:  ## kernels and GEMM against OpenBLAS and the FMA peak of this machine
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
