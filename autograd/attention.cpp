@@ -1,20 +1,29 @@
-// rope and attention.
+// rope, with and without the norm of Qwen3 before it, and attention.
 #include "autograd/op_check.h"
 #include "autograd/ops.h"
 #include "autograd/tape.h"
 
 namespace graft::ops {
 
-Variable rope(const Variable& x, const Tensor& positions, const Tensor& cos_sin) {
-  check_activation("rope", "x", x, 3);
-  check_dense("rope", "x", x);
+namespace {
+
+void check_rope(const char* op, const Variable& x, const Tensor& positions, const Tensor& cos_sin) {
+  check_activation(op, "x", x, 3);
+  check_dense(op, "x", x);
   const Tensor& in = x.value();
-  check_indices("rope", "positions", positions, in);
-  CHECK(positions.size(0) == in.size(0), "rope: x is ", in.shape(), " but positions is ",
+  check_indices(op, "positions", positions, in);
+  CHECK(positions.size(0) == in.size(0), op, ": x is ", in.shape(), " but positions is ",
         positions.shape());
-  CHECK(in.size(2) % 2 == 0, "rope: head_dim is ", in.size(2), ", wanted an even number");
-  CHECK(cos_sin.rank() == 2 && cos_sin.size(1) == in.size(2), "rope: head_dim is ", in.size(2),
+  CHECK(in.size(2) % 2 == 0, op, ": head_dim is ", in.size(2), ", wanted an even number");
+  CHECK(cos_sin.rank() == 2 && cos_sin.size(1) == in.size(2), op, ": head_dim is ", in.size(2),
         " but the table is ", cos_sin.shape());
+}
+
+}  // namespace
+
+Variable rope(const Variable& x, const Tensor& positions, const Tensor& cos_sin) {
+  check_rope("rope", x, positions, cos_sin);
+  const Tensor& in = x.value();
   Tensor y = empty_like(in);
   backend_of(in).rope(y, in, positions, cos_sin, +1);
   return record("rope", std::move(y), {x}, [positions, cos_sin](const Tensor& dy, const Needs&) {
@@ -22,6 +31,26 @@ Variable rope(const Variable& x, const Tensor& positions, const Tensor& cos_sin)
     backend_of(dy).rope(dx, dy, positions, cos_sin, -1);
     return std::vector<Tensor>{dx};
   });
+}
+
+Variable qk_norm_rope(const Variable& x, const Variable& weight, double eps,
+                      const Tensor& positions, const Tensor& cos_sin) {
+  if (!weight.defined()) return rope(x, positions, cos_sin);
+  check_rope("qk_norm_rope", x, positions, cos_sin);
+  check_weight("qk_norm_rope", "weight", weight, Shape{x.shape()[2]}, x);
+  const Tensor& in = x.value();
+  Tensor y = empty_like(in);
+  Tensor rstd = Tensor::empty({in.num_rows()}, wide(in.dtype()), in.device());
+  backend_of(in).qk_norm_rope_forward(y, rstd, in, weight.value(), eps, positions, cos_sin);
+  return record(
+      "qk_norm_rope", std::move(y), {x, weight},
+      [in, rstd, w = weight.value(), positions, cos_sin](const Tensor& dy, const Needs& needs) {
+        Tensor dx, dw;
+        if (needs[0]) dx = reuse_or_empty(dy);
+        if (needs[1]) dw = zeros_like(w, wide(in.dtype()));
+        backend_of(in).qk_norm_rope_backward(dx, dw, dy, in, w, rstd, positions, cos_sin);
+        return std::vector<Tensor>{dx, dw};
+      });
 }
 
 namespace {

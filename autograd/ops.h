@@ -46,6 +46,12 @@ Variable rms_norm(const Variable& x, const Variable& weight, double eps);
 // (P, D).
 Variable rope(const Variable& x, const Tensor& positions, const Tensor& cos_sin);
 
+// rope(rms_norm(x, weight, eps)) of every head in one pass; saves x and rstd alone. Without a
+// weight it is rope. The gradient turns back and is then that of rms_norm. x (T, heads, D), weight
+// (D).
+Variable qk_norm_rope(const Variable& x, const Variable& weight, double eps,
+                      const Tensor& positions, const Tensor& cos_sin);
+
 // softmax(scale q k^T + causal mask within each document) v. q (T, heads, D), k, v (T, kv_heads,
 // D); saves q, k, v, out and the log-sum-exp. cu_seqlens (documents + 1) I32.
 Variable attention(const Variable& q, const Variable& k, const Variable& v,

@@ -70,6 +70,59 @@ void BM_rope(benchmark::State& state) {
   count_bytes(state, 2, x);
 }
 
+// Heads with what the norm and the rotation of Qwen3 need, at the shape of Qwen2.5-0.5B.
+struct HeadTensors {
+  Tensor x, dy, y, weight, rstd, table, positions;
+  explicit HeadTensors(int64_t tokens)
+      : x(random_tensor({tokens, kHeads, kHeadDim}, activation_dtype())),
+        dy(x.clone()),
+        y(like(x)),
+        weight(random_tensor({kHeadDim}, activation_dtype())),
+        rstd(random_tensor({tokens * kHeads}, DType::F32)),
+        table(random_tensor({tokens, kHeadDim}, DType::F32)) {
+    std::vector<int32_t> at;
+    for (int64_t t = 0; t < tokens; ++t) at.push_back(int32_t(t));
+    positions = Tensor::from_ints({tokens}, at);
+  }
+};
+
+// What one pass saves: the same by two kernels, and by one.
+void BM_norm_then_rope_forward(benchmark::State& state) {
+  HeadTensors t(state.range(0));
+  Tensor normed = like(t.x);
+  for (auto _ : state) {
+    cpu_backend().rms_norm_forward(normed, t.rstd, t.x, t.weight, 1e-6);
+    cpu_backend().rope(t.y, normed, t.positions, t.table, 1);
+  }
+  count_bytes(state, 2, t.x);
+}
+
+void BM_qk_norm_rope_forward(benchmark::State& state) {
+  HeadTensors t(state.range(0));
+  for (auto _ : state)
+    cpu_backend().qk_norm_rope_forward(t.y, t.rstd, t.x, t.weight, 1e-6, t.positions, t.table);
+  count_bytes(state, 2, t.x);
+}
+
+void BM_rope_then_norm_backward(benchmark::State& state) {
+  HeadTensors t(state.range(0));
+  Tensor turned = like(t.x), none;
+  for (auto _ : state) {
+    cpu_backend().rope(turned, t.dy, t.positions, t.table, -1);
+    cpu_backend().rms_norm_backward(t.y, none, turned, t.x, t.weight, t.rstd);
+  }
+  count_bytes(state, 3, t.x);
+}
+
+void BM_qk_norm_rope_backward(benchmark::State& state) {
+  HeadTensors t(state.range(0));
+  Tensor none;
+  for (auto _ : state)
+    cpu_backend().qk_norm_rope_backward(t.y, none, t.dy, t.x, t.weight, t.rstd, t.positions,
+                                        t.table);
+  count_bytes(state, 3, t.x);
+}
+
 void BM_swiglu_forward(benchmark::State& state) {
   const Tensor gate = random_tensor({state.range(0), kInner}, activation_dtype()),
                up = gate.clone();
@@ -171,6 +224,10 @@ GRAFT_BENCHMARK(BM_add)->Arg(512);
 GRAFT_BENCHMARK(BM_rms_norm_forward)->Arg(512);
 GRAFT_BENCHMARK(BM_rms_norm_backward)->Arg(512);
 GRAFT_BENCHMARK(BM_rope)->Arg(512);
+GRAFT_BENCHMARK(BM_norm_then_rope_forward)->Arg(512);
+GRAFT_BENCHMARK(BM_qk_norm_rope_forward)->Arg(512);
+GRAFT_BENCHMARK(BM_rope_then_norm_backward)->Arg(512);
+GRAFT_BENCHMARK(BM_qk_norm_rope_backward)->Arg(512);
 GRAFT_BENCHMARK(BM_swiglu_forward)->Arg(512);
 GRAFT_BENCHMARK(BM_swiglu_backward)->Arg(512);
 GRAFT_BENCHMARK(BM_dropout)->Arg(512);

@@ -47,6 +47,13 @@ class CudaBackend final : public Backend {
   void rope(Tensor& y, const Tensor& x, const Tensor& positions, const Tensor& cos_sin,
             int direction) override;
 
+  // qk_norm_rope.cu
+  void qk_norm_rope_forward(Tensor& y, Tensor& rstd, const Tensor& x, const Tensor& weight,
+                            double eps, const Tensor& positions, const Tensor& cos_sin) override;
+  void qk_norm_rope_backward(Tensor& dx, Tensor& dweight, const Tensor& dy, const Tensor& x,
+                             const Tensor& weight, const Tensor& rstd, const Tensor& positions,
+                             const Tensor& cos_sin) override;
+
   // attention.cu
   void attention_forward(Tensor& out, Tensor& lse, const Tensor& q, const Tensor& k,
                          const Tensor& v, const Tensor& cu_q, const Tensor& cu_k,

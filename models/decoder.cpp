@@ -138,12 +138,11 @@ Decoder::Heads Decoder::heads(const DecoderLayer& layer, const Variable& x, cons
   result.q = split(attention.q_proj, config_.num_attention_heads);
   result.k = split(attention.k_proj, config_.num_key_value_heads);
   result.v = split(attention.v_proj, config_.num_key_value_heads);
-  if (config_.qk_norm) {
-    result.q = attention.q_norm.forward(result.q);
-    result.k = attention.k_norm.forward(result.k);
-  }
-  result.q = ops::rope(result.q, positions, cos_sin_);
-  result.k = ops::rope(result.k, positions, cos_sin_);
+  const auto turn = [&](const Variable& x, const RmsNorm& norm) {
+    return ops::qk_norm_rope(x, norm.weight, norm.eps, positions, cos_sin_);
+  };
+  result.q = turn(result.q, attention.q_norm);
+  result.k = turn(result.k, attention.k_norm);
   return result;
 }
 

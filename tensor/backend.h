@@ -89,6 +89,18 @@ class Backend {
   virtual void rope(Tensor& y, const Tensor& x, const Tensor& positions, const Tensor& cos_sin,
                     int direction) = 0;
 
+  // The two above in one pass over each head of a token, as Qwen3 does to its queries and keys: y =
+  // rope(rms_norm(x)), rounded once. Without a weight nothing is normed, and rstd not touched.
+  //   y, x (T, heads, D) or (T, heads * D), rows strided (tensor/heads.h); y may be x
+  //   rstd (T * heads) F32; weight (D), any float dtype, or undefined
+  virtual void qk_norm_rope_forward(Tensor& y, Tensor& rstd, const Tensor& x, const Tensor& weight,
+                                    double eps, const Tensor& positions, const Tensor& cos_sin) = 0;
+  // dx (laid out as it likes; may be dy or x), dweight (D) F32 accumulated; either may be undefined
+  // and is then not computed. Without a weight x and rstd are not read.
+  virtual void qk_norm_rope_backward(Tensor& dx, Tensor& dweight, const Tensor& dy, const Tensor& x,
+                                     const Tensor& weight, const Tensor& rstd,
+                                     const Tensor& positions, const Tensor& cos_sin) = 0;
+
   // Causal attention within each packed document, online softmax (Milakov & Gimelshein 2018; tiled
   // as FlashAttention-2, Dao 2023). Document d owns rows [cu_q[d], cu_q[d+1]) of q and
   // [cu_k[d], cu_k[d+1]) of k and v; its query i sees keys j <= i + (length_k - length_q), so that

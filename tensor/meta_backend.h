@@ -24,6 +24,10 @@ class MetaBackend final : public Backend {
   void rms_norm_backward(Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&,
                          const Tensor&) override {}
   void rope(Tensor&, const Tensor&, const Tensor&, const Tensor&, int) override {}
+  void qk_norm_rope_forward(Tensor&, Tensor&, const Tensor&, const Tensor&, double, const Tensor&,
+                            const Tensor&) override {}
+  void qk_norm_rope_backward(Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                             const Tensor&, const Tensor&, const Tensor&) override {}
   void attention_forward(Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&,
                          const Tensor&, const Tensor&, double) override {}
   void attention_backward(Tensor&, Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&,

@@ -94,13 +94,15 @@ void train_step(Device device, DType dtype, bool checkpointed) {
   const Tensor cu = make_cu_seqlens(T);
   const Tensor table = random_or_meta(device, {T, D}, DType::F32, false).value();
   const Variable embed = random_or_meta(device, {V, H}, dtype, true);
-  const Variable norm = weight({H}), w = weight({H, H}), bias = weight({H});
+  const Variable norm = weight({H}), head_norm = weight({D}), w = weight({H, H}),
+                 bias = weight({H});
   const ops::LoraArguments lora{adapter({4, H}), adapter({H, 4}), 2, 0.1};
   const auto block = [&](const Variable& x) {
     const Variable h = ops::rms_norm(x, norm, 1e-5);
     const Variable q = ops::reshape(ops::lora_linear(h, w, bias, lora), {T, heads, D});
     const Variable k = ops::reshape(ops::linear(h, w), {T, heads, D});
-    const Variable y = ops::attention(ops::rope(q, positions, table), k, k, cu, 0.3);
+    const Variable turned = ops::qk_norm_rope(k, head_norm, 1e-5, positions, table);
+    const Variable y = ops::attention(ops::rope(q, positions, table), turned, k, cu, 0.3);
     const Variable out = ops::add(x, ops::reshape(y, {T, H}));
     return ops::add(out, ops::scale(ops::swiglu(ops::lora_linear(out, w, {}, lora), out), 0.5));
   };

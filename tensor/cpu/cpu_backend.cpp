@@ -1,5 +1,5 @@
-// How each kernel but the matrix product (gemm.cpp) and attention (cpu_attention.cpp) is cut into
-// pieces.
+// How each kernel but the matrix product (gemm.cpp), attention (cpu_attention.cpp) and what stands
+// before it (cpu_rope.cpp) is cut into pieces.
 #include "tensor/cpu/cpu_backend.h"
 
 #include <algorithm>
@@ -311,23 +311,6 @@ void CpuBackend::rms_norm_backward(Tensor& dx, Tensor& dweight, const Tensor& dy
         wide.data<float>(), rstd.data<float>() + first, rows, cols);
   });
   if (dweight.defined()) sum_rows(dweight, partial, true);
-}
-
-void CpuBackend::rope(Tensor& y, const Tensor& x, const Tensor& positions, const Tensor& cos_sin,
-                      int direction) {
-  check_activation("rope", x);
-  const int64_t heads = x.size(-2), head_dim = x.size(-1), tokens = positions.num_elements();
-  CHECK(head_dim % 2 == 0, "rope: head_dim is ", head_dim, ", wanted an even number");
-  const int32_t* position = positions.data<int32_t>();
-  for (int64_t t = 0; t < tokens; ++t)
-    CHECK(position[t] >= 0 && position[t] < cos_sin.num_rows(), "rope: position ", position[t],
-          " is not in the table of ", cos_sin.num_rows());
-  for_each_rows(tokens, [&](int64_t first, int64_t count) {
-    for (int64_t t = first; t < first + count; ++t)
-      kernels_.rope(row_of(y, t * heads), y.row_stride(), row_of(x, t * heads), x.row_stride(),
-                    x.dtype(), cos_sin.data<float>() + position[t] * cos_sin.row_stride(), heads,
-                    head_dim, direction);
-  });
 }
 
 void CpuBackend::swiglu_forward(Tensor& y, const Tensor& gate, const Tensor& up) {

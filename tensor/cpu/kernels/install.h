@@ -14,6 +14,7 @@ void install_swiglu(CpuKernels& kernels);
 void install_adamw(CpuKernels& kernels);
 void install_rms_norm(CpuKernels& kernels);
 void install_rope(CpuKernels& kernels);
+void install_qk_norm_rope(CpuKernels& kernels);
 void install_cross_entropy(CpuKernels& kernels);
 void install_dropout(CpuKernels& kernels);
 void install_attention(CpuKernels& kernels);

@@ -15,6 +15,7 @@ CpuKernels make_table(const char* name) {
   install_adamw(kernels);
   install_rms_norm(kernels);
   install_rope(kernels);
+  install_qk_norm_rope(kernels);
   install_cross_entropy(kernels);
   install_dropout(kernels);
   install_attention(kernels);

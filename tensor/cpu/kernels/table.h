@@ -97,6 +97,15 @@ struct CpuKernels {
   // one token: x (heads, head_dim), cos_sin its row of the table
   void (*rope)(void* y, int64_t y_stride, const void* x, int64_t x_stride, DType dtype,
                const float* cos_sin, int64_t heads, int64_t head_dim, int direction);
+  // one token; x, y (heads, head_dim), rstd (heads)
+  void (*qk_norm_rope_forward)(void* y, int64_t y_stride, float* rstd, const void* x,
+                               int64_t x_stride, DType dtype, const float* weight,
+                               const float* cos_sin, int64_t heads, int64_t head_dim, float eps);
+  // dx may be null; dweight (head_dim), accumulated, may be null
+  void (*qk_norm_rope_backward)(void* dx, int64_t dx_stride, float* dweight, const void* dy,
+                                int64_t dy_stride, const void* x, int64_t x_stride, DType dtype,
+                                const float* weight, const float* rstd, const float* cos_sin,
+                                int64_t heads, int64_t head_dim);
   // one row; returns the loss
   float (*cross_entropy)(float* logits, int64_t cols, int64_t label, float scale,
                          bool with_gradient);
