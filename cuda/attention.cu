@@ -473,7 +473,9 @@ void attention_backward_rung(int rung, const AttentionBackward& b, cudaStream_t 
 void CudaBackend::attention_forward(Tensor& out, Tensor& lse, const Tensor& q, const Tensor& k,
                                     const Tensor& v, const Tensor& cu_q, const Tensor& cu_k,
                                     double scale) {
-  attention_forward_rung(attention_rung(q), {out, lse, q, k, v, cu_q, cu_k, scale}, stream_);
+  const AttentionForward args{out, lse, q, k, v, cu_q, cu_k, scale};
+  if (attention_is_decoding(args)) return attention_decode(args, stream_);
+  attention_forward_rung(attention_rung(q), args, stream_);
 }
 
 void CudaBackend::attention_backward(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& dout,

@@ -58,6 +58,11 @@ int attention_rung(const Tensor& q);
 void attention_forward_rung(int rung, const AttentionForward& args, cudaStream_t stream);
 void attention_backward_rung(int rung, const AttentionBackward& args, cudaStream_t stream);
 
+// Few queries of every document over any number of keys (decoding with a KV cache): split over the
+// keys, any head_dim <= 256. The backend takes it before any rung. attention_decode.cu
+bool attention_is_decoding(const AttentionForward& args);
+void attention_decode(const AttentionForward& args, cudaStream_t stream);
+
 void attention_forward_3_mma(const AttentionForward& args, cudaStream_t stream);
 void attention_backward_3_mma(const AttentionBackward& args, cudaStream_t stream);
 
