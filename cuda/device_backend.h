@@ -71,6 +71,9 @@ class CudaBackend final : public Backend {
   void cross_entropy(Tensor& losses, Tensor& logits, const Tensor& labels, double scale,
                      bool with_gradient) override;
 
+  // argmax.cu
+  void argmax_rows(Tensor& indices, const Tensor& x) override;
+
   // dropout.cu
   void dropout(Tensor& y, const Tensor& x, double p, const DropoutKey& key,
                bool accumulate) override;

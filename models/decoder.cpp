@@ -106,15 +106,16 @@ void Decoder::visit(const std::string& prefix, Visitor& visitor) {
 
 double Decoder::attention_scale() const { return 1 / std::sqrt(double(config_.head_dim)); }
 
+void Decoder::check_ids(const int32_t* ids, int64_t count) const {
+  for (int64_t t = 0; t < count; ++t)
+    CHECK(ids[t] >= 0 && ids[t] < config_.vocab_size, "decoder: token id ", ids[t],
+          " is outside the model's vocabulary of ", config_.vocab_size,
+          "; does the tokenizer belong to this model?");
+}
+
 Variable Decoder::embed(const Tensor& input_ids) const {
-  const int64_t vocabulary = config_.vocab_size;
-  if (input_ids.device() == Device::CPU) {
-    const int32_t* ids = input_ids.data<int32_t>();
-    for (int64_t t = 0; t < input_ids.num_elements(); ++t)
-      CHECK(ids[t] >= 0 && ids[t] < vocabulary, "decoder: token id ", ids[t],
-            " is outside the model's vocabulary of ", vocabulary,
-            "; does the tokenizer belong to this model?");
-  }
+  if (input_ids.device() == Device::CPU)
+    check_ids(input_ids.data<int32_t>(), input_ids.num_elements());
   return ops::embedding(input_ids, embed_tokens.weight, compute_dtype_);
 }
 
@@ -228,16 +229,20 @@ Tensor Decoder::forward_cached(const std::vector<int32_t>& ids, KvCache& cache) 
   CHECK(after <= cache.capacity, "decoder: ", after, " tokens in a cache for ", cache.capacity);
   NoRecord off;
   reserve_positions(after);
-  std::vector<int32_t> numbers(ids.size());
-  for (int64_t t = 0; t < tokens; ++t) numbers[size_t(t)] = int32_t(before + t);
-  Tensor positions = Tensor::from_ints({tokens}, numbers);
-  if (device_ == Device::CUDA) positions = positions.to(device_);
+  // Ids and positions go to the device at once, and from here to the logits nothing waits for it:
+  // cu_q and cu_k stay on the CPU, where attention reads them.
+  check_ids(ids.data(), tokens);
+  std::vector<int32_t> numbers = ids;
+  for (int64_t t = 0; t < tokens; ++t) numbers.push_back(int32_t(before + t));
+  Tensor step = Tensor::from_ints({2 * tokens}, numbers);
+  if (device_ == Device::CUDA) step = step.to(device_);
+  const Tensor positions = step.slice_rows(tokens, 2 * tokens);
   const Tensor cu_q = Tensor::from_ints({2}, {0, int32_t(tokens)});
   const Tensor cu_k = Tensor::from_ints({2}, {0, int32_t(after)});
   const ForwardContext context;
   const DType lse_dtype = compute_dtype_ == DType::F64 ? DType::F64 : DType::F32;
 
-  Variable x = embed(Tensor::from_ints({tokens}, ids));
+  Variable x = embed(step.slice_rows(0, tokens));
   Backend& backend = backend_of(x.value());
   for (size_t i = 0; i < layers.size(); ++i) {
     const Heads in = heads(layers[i], x, positions, context);

@@ -90,6 +90,7 @@ class Decoder {
   Variable layer_forward(const DecoderLayer& layer, const Variable& x, const PackedBatch& batch,
                          const ForwardContext& context) const;
   Variable embed(const Tensor& input_ids) const;
+  void check_ids(const int32_t* ids, int64_t count) const;
   void reserve_positions(int64_t positions);
   double attention_scale() const;
   ModelConfig config_;

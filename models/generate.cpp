@@ -97,9 +97,13 @@ void grow(Decoder& model, KvCache& cache, int64_t tokens) {
   cache = std::move(larger);
 }
 
+bool is_greedy(const GenerationConfig& config) {
+  return !config.do_sample || config.temperature == 0;
+}
+
 int32_t pick(const std::vector<float>& logits, const GenerationConfig& config, Random& random) {
   const auto best = std::max_element(logits.begin(), logits.end());
-  if (!config.do_sample || config.temperature == 0) return int32_t(best - logits.begin());
+  if (is_greedy(config)) return int32_t(best - logits.begin());
   std::vector<double> weights;
   double left = exponentials(logits, weights) * random.uniform();
   int32_t last = int32_t(best - logits.begin());
@@ -110,6 +114,21 @@ int32_t pick(const std::vector<float>& logits, const GenerationConfig& config, R
     if (left < 0) break;
   }
   return last;
+}
+
+// The next id from the logits (1, V) of the last token. A greedy choice is made where they are, and
+// one number comes to the host; else the row does.
+int32_t next_id(const Tensor& logits, const std::vector<int32_t>& all,
+                const GenerationConfig& config, Random& random) {
+  if (is_greedy(config) && config.repetition_penalty == 1) {
+    Tensor id = Tensor::empty({1}, DType::I32, logits.device());
+    backend_of(logits).argmax_rows(id, logits);
+    return *id.to(Device::CPU).data<int32_t>();
+  }
+  const Tensor row = logits.to(DType::F32).to(Device::CPU);
+  std::vector<float> values(row.data<float>(), row.data<float>() + row.num_elements());
+  process_logits(values, all, config);
+  return pick(values, config, random);
 }
 
 }  // namespace
@@ -153,7 +172,7 @@ void process_logits(std::vector<float>& logits, const std::vector<int32_t>& prev
       logit = logit < 0 ? logit * penalty : logit / penalty;
     }
   }
-  if (!config.do_sample || config.temperature == 0) return;  // the largest stays the largest
+  if (is_greedy(config)) return;  // the largest stays the largest
   if (config.temperature != 1)
     for (float& logit : logits) logit /= float(config.temperature);
   if (config.top_k > 0) keep_top_k(logits, config.top_k);
@@ -173,10 +192,8 @@ std::vector<int32_t> generate(Decoder& model, const std::vector<int32_t>& prompt
     grow(model, cache, int64_t(next.size()));
     const Tensor hidden = model.forward_cached(next, cache);
     const int64_t last = hidden.size(0) - 1;
-    const Tensor row = model.logits(hidden.slice_rows(last, last + 1)).to(DType::F32);
-    std::vector<float> logits(row.data<float>(), row.data<float>() + row.num_elements());
-    process_logits(logits, all, config);
-    const int32_t id = pick(logits, config, random);
+    const int32_t id =
+        next_id(model.logits(hidden.slice_rows(last, last + 1)), all, config, random);
     all.push_back(id);
     made.push_back(id);
     next = {id};

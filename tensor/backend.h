@@ -128,6 +128,10 @@ class Backend {
   virtual void cross_entropy(Tensor& losses, Tensor& logits, const Tensor& labels, double scale,
                              bool with_gradient) = 0;
 
+  // indices[n] (N, I32, where x is) = column of the largest element of row n of x (N, C) F32, the
+  // first of equal ones. C > 0; of a row with NaN it is any column.
+  virtual void argmax_rows(Tensor& indices, const Tensor& x) = 0;
+
   // Rows of src (rows, C) at indices (n) I32 into dst (n, C), and back: dst[indices[i]] += src[i].
   virtual void gather_rows(Tensor& dst, const Tensor& src, const Tensor& indices) = 0;
   virtual void scatter_add_rows(Tensor& dst, const Tensor& src, const Tensor& indices) = 0;

@@ -36,6 +36,7 @@ class MetaBackend final : public Backend {
   void swiglu_forward(Tensor&, const Tensor&, const Tensor&) override {}
   void swiglu_backward(Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&) override {}
   void cross_entropy(Tensor&, Tensor&, const Tensor&, double, bool) override {}
+  void argmax_rows(Tensor&, const Tensor&) override {}
   void gather_rows(Tensor&, const Tensor&, const Tensor&) override {}
   void scatter_add_rows(Tensor&, const Tensor&, const Tensor&) override {}
   void dropout(Tensor&, const Tensor&, double, const DropoutKey&, bool) override {}

@@ -253,6 +253,16 @@ void CpuBackend::gather_rows(Tensor& dst, const Tensor& src, const Tensor& indic
   });
 }
 
+void CpuBackend::argmax_rows(Tensor& indices, const Tensor& x) {
+  CHECK(x.dtype() == DType::F32, "argmax_rows: x is ", dtype_name(x.dtype()), ", wanted F32");
+  for_each_rows(x.num_rows(), [&](int64_t first, int64_t rows) {
+    for (int64_t r = first; r < first + rows; ++r) {
+      const float* row = x.data<float>() + r * x.row_stride();
+      indices.data<int32_t>()[r] = int32_t(std::max_element(row, row + x.cols()) - row);
+    }
+  });
+}
+
 void CpuBackend::scatter_add_rows(Tensor& dst, const Tensor& src, const Tensor& indices) {
   add_rows_at(dst, src, indices);
 }

@@ -53,6 +53,7 @@ class CpuBackend : public Backend {
                        const Tensor& up) override;
   void cross_entropy(Tensor& losses, Tensor& logits, const Tensor& labels, double scale,
                      bool with_gradient) override;
+  void argmax_rows(Tensor& indices, const Tensor& x) override;
   void gather_rows(Tensor& dst, const Tensor& src, const Tensor& indices) override;
   void scatter_add_rows(Tensor& dst, const Tensor& src, const Tensor& indices) override;
   void dropout(Tensor& y, const Tensor& x, double p, const DropoutKey& key,

@@ -257,6 +257,30 @@ TEST_F(SmallKernels, RowsScatterIntoTheirOwnDType) {
   });
 }
 
+TEST_F(SmallKernels, ArgmaxFindsTheFirstLargest) {
+  for (int64_t rows : kRows)
+    for (int64_t cols : {1, 6, 31, 33, 1023, 1025, 5000}) {
+      Inputs in(Device::CPU, DType::F32, 0);
+      Tensor x = in.matrix(rows, cols + 3).slice_cols(0, cols);
+      for (int64_t r = 0; r < rows; ++r) {  // equal ones: the first counts, also if it is -inf
+        float* row = x.data<float>() + r * x.row_stride();
+        if (r == 1) row[cols / 2] = row[cols - 1] = 100;
+        if (r == 2) std::fill_n(row, cols, -INFINITY);
+      }
+      Tensor expected = Tensor::empty({rows}, DType::I32), cpu = Tensor::empty({rows}, DType::I32);
+      Tensor actual = Tensor::empty({rows}, DType::I32, Device::CUDA);
+      reference_backend().argmax_rows(expected, x);
+      cpu_backend().argmax_rows(cpu, x);
+      cuda_backend().argmax_rows(actual, x.to(Device::CUDA));
+      const std::string what = concat("argmax (", rows, ", ", cols, ")");
+      expect_same_bytes(cpu, expected, what + " on the CPU");
+      expect_same_bytes(actual.to(Device::CPU), expected, what);
+      if (rows <= 2) continue;
+      EXPECT_EQ(expected.data<int32_t>()[1], cols / 2);
+      EXPECT_EQ(expected.data<int32_t>()[2], 0);
+    }
+}
+
 TEST_F(SmallKernels, RowsOutOfRangeAreRefused) {
   Inputs in(Device::CUDA, DType::F32, 0);
   const Tensor weight = in.dense({4, 8}, DType::F32);

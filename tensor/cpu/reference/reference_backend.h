@@ -65,6 +65,9 @@ class ReferenceBackend final : public Backend {
   void cross_entropy(Tensor& losses, Tensor& logits, const Tensor& labels, double scale,
                      bool with_gradient) override;
 
+  // argmax.cpp
+  void argmax_rows(Tensor& indices, const Tensor& x) override;
+
   // dropout.cpp
   void dropout(Tensor& y, const Tensor& x, double p, const DropoutKey& key,
                bool accumulate) override;
