@@ -95,13 +95,13 @@ std::vector<OpCase> elementwise_cases(const OpSizes& s) {
        {{kX, {T, s.heads, s.D}}, {kW, {s.D}}},
        [T, s](const Inputs& in, DType dtype) {
          return ops::qk_norm_rope(in[0], in[1], 1e-6, random_ids(T, 2 * T, 4),
-                                  rotary_table(2 * T, s.D, dtype));
+                                  rotary_table(2 * T, s.D, dtype).to(in[0].value().device()));
        }},
       {"qk_norm_rope_without_a_norm",
        {{kX, {T, s.heads, s.D}}},
        [T, s](const Inputs& in, DType dtype) {
          return ops::qk_norm_rope(in[0], {}, 1e-6, random_ids(T, 2 * T, 4),
-                                  rotary_table(2 * T, s.D, dtype));
+                                  rotary_table(2 * T, s.D, dtype).to(in[0].value().device()));
        }},
   };
 }
