@@ -118,9 +118,21 @@ inline int __any_sync(unsigned mask, int p, EMU_WHERE) {
 inline int __all_sync(unsigned mask, int p, EMU_WHERE) {
   return __ballot_sync(mask, !p, where) == 0;
 }
-inline unsigned __reduce_add_sync(unsigned mask, unsigned v, EMU_WHERE) {
+// T is int or unsigned, as on the hardware.
+template <class T>
+T __reduce_add_sync(unsigned mask, T v, EMU_WHERE) {
   return emu::warp_reduce(
-      "__reduce_add_sync", mask, v, [](unsigned a, unsigned b) { return a + b; }, where);
+      "__reduce_add_sync", mask, v, [](T a, T b) { return a + b; }, where);
+}
+template <class T>
+T __reduce_max_sync(unsigned mask, T v, EMU_WHERE) {
+  return emu::warp_reduce(
+      "__reduce_max_sync", mask, v, [](T a, T b) { return a > b ? a : b; }, where);
+}
+template <class T>
+T __reduce_min_sync(unsigned mask, T v, EMU_WHERE) {
+  return emu::warp_reduce(
+      "__reduce_min_sync", mask, v, [](T a, T b) { return a < b ? a : b; }, where);
 }
 
 // ---- Atomics (only one fiber runs at a time, so a plain update is atomic)
@@ -132,6 +144,10 @@ T atomicAdd(T* p, T v) {
 template <class T>
 T atomicMax(T* p, T v) {
   return emu::atomic_update(p, [v](T old) { return std::max(old, v); });
+}
+template <class T>
+T atomicMin(T* p, T v) {
+  return emu::atomic_update(p, [v](T old) { return std::min(old, v); });
 }
 template <class T>
 T atomicExch(T* p, T v) {
@@ -149,6 +165,9 @@ inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) {
@@ -165,7 +184,36 @@ inline unsigned __float_as_uint(float f) {
   std::memcpy(&u, &f, 4);
   return u;
 }
+// Byte i of the result is byte selector[4i, 4i + 3) of the eight bytes of (y, x).
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned choice = selector >> 4 * i & 15;
+    unsigned byte = static_cast<unsigned>(bytes >> 8 * (choice & 7)) & 0xff;
+    if (choice & 8) byte = byte & 0x80 ? 0xff : 0;  // the sign, eight times
+    result |= byte << 8 * i;
+  }
+  return result;
+}
+// Loads and stores with a hint for the caches.
 template <class T>
 T __ldg(const T* p) {
   return *p;
+}
+template <class T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+void __stcs(T* p, T v) {
+  *p = v;
+}
+template <class T>
+void __stcg(T* p, T v) {
+  *p = v;
 }

@@ -116,7 +116,8 @@ enum class Access {
 };  // kPending: a cp.async may write from now on
 inline void (*on_access)(const void* p, size_t bytes, Access kind, int lane,
                          const void* pc) = nullptr;
-inline void touch(const void* p, size_t bytes, Access kind, int lane = -1) {
+__attribute__((always_inline)) inline void touch(const void* p, size_t bytes, Access kind,
+                                                 int lane = -1) {
   if (on_access) on_access(p, bytes, kind, lane, __builtin_return_address(0));
 }
 

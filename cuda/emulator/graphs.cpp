@@ -46,8 +46,8 @@ cudaError_t run(const std::vector<Node>& nodes) {
     for (auto [address, serial] : nodes[i].uses) {
       const Allocation* a = find_device_allocation(reinterpret_cast<const void*>(address));
       if (a && a->serial == serial) continue;
-      report_failure("graph: node " + std::to_string(i) + " (" + describe(nodes[i].work) +
-                     ") was captured with device memory that has been freed since");
+      report_failure("graph: node " + std::to_string(i) + ", " + describe(nodes[i].work) +
+                     ", was captured with device memory that has been freed since");
       return set_last_error(cudaErrorLaunchFailure);
     }
     if (cudaError_t e = nodes[i].work.run()) return e;

@@ -61,11 +61,13 @@ struct Allocation {
 const Allocation* find_device_allocation(const void* p);
 
 // Names of the program's code, from its debug information; slow, so only for reports (symbols.cpp).
-struct Frame {
-  std::string function, place;  // "sum_kernel<4>", "/path/sum.cu:17"
-};
-const std::vector<Frame>& frames_at(const void* pc);  // innermost (inlined) first
-std::string kernel_name(const void* kernel);          // "sum_kernel<4>"
+std::string describe(const Where& where);     // "sum.cu:17"
+std::string kernel_name(const void* kernel);  // "sum_kernel<4> (sum.cu:12)"
+// From return addresses, innermost first, to where the kernel was: "utils.cuh:5, called at
+// sum.cu:17".
+std::string place_in_kernel(const std::vector<void*>& return_addresses, const void* kernel);
+// "kernel sum_kernel<4> (sum.cu:12), block (0,0,0), thread (3,0,0): ", empty if none runs.
+std::string running_kernel();
 
 struct Node;
 cudaGraph_t make_graph(std::vector<Node> nodes);

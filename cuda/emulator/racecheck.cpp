@@ -7,9 +7,7 @@
 // a race unless the CUDA execution model orders them: same thread, a __syncthreads between, a
 // __syncwarp between within one warp, or an earlier launch.
 #include <sys/mman.h>
-#include <unistd.h>
 
-#include <cstdio>
 #include <cstring>
 #include <map>
 #include <set>
@@ -70,16 +68,7 @@ Region* find(const void* p) {
 }
 
 std::string describe(uint32_t pc) {
-  char exe[4096];
-  const ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
-  exe[n > 0 ? n : 0] = 0;
-  char command[4300], line[512] = "?";
-  std::snprintf(command, sizeof command, "addr2line -sCe '%s' 0x%x 2>/dev/null", exe, pc - 1);
-  if (FILE* f = popen(command, "r")) {
-    if (!std::fgets(line, sizeof line, f)) line[0] = '?';
-    pclose(f);
-  }
-  return std::string(line).substr(0, std::string(line).find_first_of(" \n"));
+  return emu::place_in_kernel({&__executable_start + pc}, nullptr);
 }
 
 void report_once(const char* what, uint32_t pc1, uint32_t pc2, const std::string& detail) {

@@ -35,6 +35,16 @@ char* allocate(size_t bytes) {
   return posix_memalign(&p, kAlign, bytes) == 0 ? static_cast<char*>(p) : nullptr;
 }
 void release(char* p, size_t) { std::free(p); }
+// The sanitizers know the line, not the kernel: AddressSanitizer hears of it when it has reported,
+// UBSan just before.
+void name_the_kernel() {
+  if (const std::string kernel = running_kernel(); !kernel.empty())
+    std::fprintf(stderr, "emulator: %ssee the sanitizer's report\n", kernel.c_str());
+}
+[[maybe_unused]] const bool hears_of_death = [] {
+  __sanitizer_set_death_callback(name_the_kernel);
+  return true;
+}();
 #else
 char* allocate(size_t bytes) {
   void* p = nullptr;
@@ -134,6 +144,10 @@ cudaError_t submit_copy(const Copy& copy, cudaMemcpyKind named, cudaStream_t str
 }
 
 }  // namespace
+
+#if EMU_ASAN
+extern "C" void __ubsan_on_report() { name_the_kernel(); }
+#endif
 
 cudaError_t set_last_error(cudaError_t e) { return last_error = e; }
 size_t device_allocations() { return allocations().size(); }

@@ -27,39 +27,83 @@ std::string short_name(std::string name) {
   return name.starts_with("void ") ? name.substr(5) : name;
 }
 
-std::vector<Frame> ask_addr2line(const void* pc) {
+std::string base_name(const std::string& path) { return path.substr(path.rfind('/') + 1); }
+
+struct Frame {
+  std::string function, place;  // "sum_kernel<4>", "/path/sum.cu:17"
+};
+using Frames = std::vector<Frame>;  // innermost (inlined) first
+
+// One process for all addresses.
+std::vector<Frames> ask_addr2line(const std::vector<const void*>& addresses) {
+  std::vector<Frames> all;
   char exe[4096];
   const ssize_t n = readlink("/proc/self/exe", exe, sizeof exe - 1);
-  exe[n > 0 ? n : 0] = 0;
-  const size_t offset = static_cast<size_t>(static_cast<const char*>(pc) - &__executable_start);
-  char command[4300], line[4096];
-  std::snprintf(command, sizeof command, "addr2line -iCfe '%s' 0x%zx 2>/dev/null", exe, offset);
-  std::vector<Frame> frames;
-  FILE* pipe = popen(command, "r");
-  if (!pipe) return frames;
-  while (std::fgets(line, sizeof line, pipe)) {  // function, then file:line, innermost first
-    std::string function(line);
-    if (!std::fgets(line, sizeof line, pipe)) break;
-    std::string place(line);
-    function.resize(function.find_last_not_of('\n') + 1);
-    place.resize(std::min(place.find_first_of(" \n"), place.size()));  // drops (discriminator 3)
-    frames.push_back({short_name(function), place});
+  std::string command = "addr2line -aiCfe '" + std::string(exe, n > 0 ? size_t(n) : 0) + "'";
+  for (const void* p : addresses) {
+    char offset[32];
+    std::snprintf(offset, sizeof offset, " 0x%zx",
+                  static_cast<size_t>(static_cast<const char*>(p) - &__executable_start));
+    command += offset;
   }
-  pclose(pipe);
-  return frames;
+  FILE* pipe = popen((command + " 2>/dev/null").c_str(), "r");
+  std::string function;
+  for (char line[4096]; pipe && std::fgets(line, sizeof line, pipe);) {
+    std::string text(line);
+    if (text.starts_with("0x")) {
+      all.emplace_back();
+    } else if (function.empty()) {  // a function, then file:line
+      function = short_name(text.substr(0, text.find_last_not_of('\n') + 1));
+    } else if (!all.empty()) {  // without "(discriminator 3)"
+      all.back().push_back({function, text.substr(0, text.find_first_of(" \n"))});
+      function.clear();
+    }
+  }
+  if (pipe) pclose(pipe);
+  all.resize(addresses.size());
+  return all;
+}
+
+std::vector<Frames> frames_at(const std::vector<const void*>& addresses) {
+  static auto& known = *new std::map<const void*, Frames>;
+  std::vector<const void*> unknown;
+  for (const void* p : addresses)
+    if (!known.count(p)) unknown.push_back(p);
+  if (!unknown.empty()) {
+    const std::vector<Frames> found = ask_addr2line(unknown);
+    for (size_t i = 0; i < unknown.size(); ++i) known[unknown[i]] = found[i];
+  }
+  std::vector<Frames> all;
+  for (const void* p : addresses) all.push_back(known[p]);
+  return all;
 }
 
 }  // namespace
 
-const std::vector<Frame>& frames_at(const void* pc) {
-  static auto& known = *new std::map<const void*, std::vector<Frame>>;
-  auto it = known.find(pc);
-  return it != known.end() ? it->second : known[pc] = ask_addr2line(pc);
+std::string describe(const Where& where) {
+  return base_name(where.file) + ":" + std::to_string(where.line);
 }
 
 std::string kernel_name(const void* kernel) {
-  const std::vector<Frame>& frames = frames_at(kernel);
-  return frames.empty() ? "?" : frames.back().function;
+  const Frames frames = frames_at({kernel})[0];
+  if (frames.empty()) return "?";
+  return frames.back().function + " (" + base_name(frames.back().place) + ")";
+}
+
+std::string place_in_kernel(const std::vector<void*>& return_addresses, const void* kernel) {
+  std::vector<const void*> calls;  // a return address may belong to the next line
+  for (void* p : return_addresses) calls.push_back(static_cast<const char*>(p) - 1);
+  const Frames outermost = kernel ? frames_at({kernel})[0] : Frames{};
+  std::string text;
+  for (const Frames& frames : frames_at(calls))
+    for (const Frame& f : frames) {
+      if (f.place.find("cuda/emulator/") != std::string::npos || f.place.starts_with("/usr/") ||
+          f.place.starts_with("?"))
+        continue;
+      text += (text.empty() ? "" : ", called at ") + base_name(f.place);
+      if (!outermost.empty() && f.function == outermost.back().function) return text;
+    }
+  return text;
 }
 
 }  // namespace emu

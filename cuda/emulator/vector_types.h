@@ -22,4 +22,6 @@ struct uint3 {
 EMU_VECTOR(float, float)
 EMU_VECTOR(int, int)
 EMU_VECTOR(unsigned, uint)
+EMU_VECTOR(unsigned char, uchar)
+EMU_VECTOR(unsigned short, ushort)
 #undef EMU_VECTOR

@@ -19,6 +19,23 @@ __global__ void lanes_kernel(int* out) {
   mine[4] = static_cast<int>(__ballot_sync(~0u, lane % 2));
   mine[5] = lane < 16 ? __shfl_xor_sync(0xffffu, lane, 8) : __shfl_xor_sync(0xffff0000u, lane, 2);
 }
+__global__ void intrinsics_kernel(const float* in, float* out, int* bits) {
+  const int lane = int(threadIdx.x);
+  __stcs(out + lane, __ldcs(in + lane) + __ldcg(in) + __ldg(in + 1));
+  int* mine = bits + lane * 6;
+  mine[0] = __reduce_add_sync(~0u, lane - 40);
+  mine[1] = __reduce_max_sync(~0u, lane - 40);
+  mine[2] = __reduce_min_sync(~0u, lane - 40);
+  mine[3] = int(__reduce_max_sync(~0u, unsigned(lane - 40)));  // unsigned: -9 is the largest
+  mine[4] = int(__byte_perm(0x33221100u, 0x77665584u, 0x6c41u));
+  mine[5] = __clz(1 << lane);
+}
+// The last thread leaves before the others ask for its value.
+constexpr int kLeavingLine = __LINE__ + 3;
+__global__ void leaving_kernel(int* out) {
+  if (threadIdx.x == 31) return;
+  out[threadIdx.x] = __shfl_sync(~0u, int(threadIdx.x), 31);  // line kLeavingLine
+}
 __global__ void empty_kernel(int) {}
 __global__ void count_kernel(int* counter) { atomicAdd(counter, 1); }
 
@@ -50,6 +67,41 @@ TEST(Emulator, WarpOperations) {
     EXPECT_EQ(v[t * 6 + 3], l ^ 1);
     EXPECT_EQ(v[t * 6 + 4], static_cast<int>(0xaaaaaaaau));
     EXPECT_EQ(v[t * 6 + 5], l < 16 ? l ^ 8 : l ^ 2);
+  }
+}
+
+TEST(Emulator, Intrinsics) {
+  std::vector<float> values(32);
+  for (size_t i = 0; i < 32; ++i) values[i] = float(i + 1);
+  DeviceArray<float> in(values), out(32);
+  DeviceArray<int> bits(32 * 6);
+  launch(intrinsics_kernel, 1, 32, 0, nullptr, in.get(), out.get(), bits.get());
+  const auto v = bits.host();
+  for (int l = 0; l < 32; ++l) {
+    EXPECT_EQ(out.host()[size_t(l)], float(l + 1) + 1 + 2);
+    const int* mine = v.data() + l * 6;
+    EXPECT_EQ(mine[0], 31 * 16 - 40 * 32);
+    EXPECT_EQ(mine[1], -9);
+    EXPECT_EQ(mine[2], -40);
+    EXPECT_EQ(mine[3], -9);
+    EXPECT_EQ(mine[4], 0x66ff8411);  // bytes 1, 4, the sign of 4, 6
+    EXPECT_EQ(mine[5], 31 - l);
+  }
+}
+
+// A fault that is only seen when a thread ends is reported as any other.
+TEST(Emulator, ShufflesFromALaneThatHasLeft) {
+  DeviceArray<int> out(32);
+  for (auto order : {emu::Order::kAscending, emu::Order::kDescending}) {
+    const emu::Options saved = std::exchange(emu::options(), {order, 1});
+    EXPECT_THROW(launch(leaving_kernel, 1, 32, 0, nullptr, out.get()), Error);
+    emu::options() = saved;
+    const std::string report = emu::take_report();
+    EXPECT_NE(report.find("shuffle reads lane 31"), std::string::npos) << report;
+    EXPECT_NE(report.find(", at emulator_test.cu:" + std::to_string(kLeavingLine)),
+              std::string::npos)
+        << report;
+    (void)cudaGetLastError();
   }
 }
 

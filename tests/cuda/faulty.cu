@@ -1,5 +1,6 @@
 // One planted mistake per kernel, to show that the emulator finds it. Every kernel adds up blocks
-// of 128 floats: out[block] = sum of in[128 * block ...].
+// of 128 floats: out[block] = sum of in[128 * block ...]. Comments "@name" mark the lines that
+// reports must name.
 #include "tests/cuda/faulty.h"
 
 #include "cuda/device_utils.cuh"
@@ -11,7 +12,7 @@ namespace {
 constexpr int kThreads = 128;
 
 template <Fault kFault>
-__global__ void faulty_kernel(const float* in, float* out) {
+__global__ void faulty_kernel(const float* in, float* out) {  // @kernel
   SHARED_ARRAY(float, values, kThreads);
   SHARED_ARRAY(float, partial, kThreads / 32);
   const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
@@ -19,44 +20,46 @@ __global__ void faulty_kernel(const float* in, float* out) {
   if (kFault == Fault::kReadPastEnd) i += 1;
 
   if constexpr (kFault == Fault::kMissingAsyncWait) {
-    if (thread % 4 == 0) ptx::cp_async16(values + thread, in + i, true);
+    if (thread % 4 == 0) ptx::cp_async16(values + thread, in + i, true);  // @async
     ptx::cp_async_commit();
   } else if constexpr (kFault == Fault::kMisaligned) {
-    if (thread % 4 == 0)
-      *reinterpret_cast<float4*>(values + thread) = *reinterpret_cast<const float4*>(in + i);
+    if (thread % 4 == 0) {
+      const float4* from = reinterpret_cast<const float4*>(in + i);
+      *reinterpret_cast<float4*>(values + thread) = *from;  // @misaligned
+    }
   } else if constexpr (kFault == Fault::kDynamicPastEnd) {
     DYNAMIC_SHARED(float, dynamic);
-    dynamic[thread + 1] = in[i];
+    dynamic[thread + 1] = in[i];  // @dynamic
     values[thread] = in[i];
   } else if (kFault != Fault::kUninitialisedShared || thread != 17) {
-    values[kFault == Fault::kSharedPastEnd ? thread + 1 : thread] = in[i];
+    values[kFault == Fault::kSharedPastEnd ? thread + 1 : thread] = in[i];  // @load
   }
   __syncthreads();
 
   // Each warp adds up the values of the next warp, so that the data really crosses a barrier.
-  float v = values[(thread + 32) % kThreads];
-  if (kFault == Fault::kMissingSyncwarp) {  // tree over shared memory without __syncwarp
+  float v = values[(thread + 32) % kThreads];  // @read
+  if (kFault == Fault::kMissingSyncwarp) {     // tree over shared memory without __syncwarp
     for (int offset = 16; offset > 0; offset /= 2) {
-      if (lane < offset) values[thread] += values[thread + offset];
+      if (lane < offset) values[thread] += values[thread + offset];  // @tree
     }
     v = values[warp * 32];
   } else if (kFault == Fault::kDivergentShuffle) {
-    v = lane < 16 ? warp_sum(v) : warp_max(v);
+    v = lane < 16 ? warp_sum(v) : warp_max(v);  // @shuffle
   } else {
     v = warp_sum(v);
   }
-  if (lane == 0) partial[warp] = v;
+  if (lane == 0) partial[warp] = v;  // @partial
   if (kFault == Fault::kDivergentBarrier) {
-    if (lane != 31) __syncthreads();
+    if (lane != 31) __syncthreads();  // @barrier
   } else if (kFault != Fault::kMissingBarrier) {
     __syncthreads();
   }
-  if (kFault == Fault::kBlockRace) {
-    if (thread == 0)
-      out[0] = partial[0] + partial[1] + partial[2] + partial[3];  // all blocks write here
-  } else if (thread == 0) {
-    out[blockIdx.x + (kFault == Fault::kWritePastEnd ? 1 : 0)] =
-        partial[0] + partial[1] + partial[2] + partial[3];
+  if (thread == 0) {
+    const float sum = partial[0] + partial[1] + partial[2] + partial[3];  // @sum
+    const unsigned at = kFault == Fault::kBlockRace      ? 0              // all blocks write here
+                        : kFault == Fault::kWritePastEnd ? blockIdx.x + 1
+                                                         : blockIdx.x;
+    out[at] = sum;  // @store
   }
 }
 
