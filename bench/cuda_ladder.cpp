@@ -15,12 +15,12 @@
 #include <fstream>
 #include <functional>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
 #include <vector>
 
 #include "bench/cuda_ladder_table.h"
+#include "bench/gpu_tables.h"
 #include "cuda/cuda_backend.h"
 #include "cuda/device_backend.h"
 #include "cuda/variants.h"
@@ -34,7 +34,6 @@ namespace graft {
 namespace {
 
 namespace fs = std::filesystem;
-using nlohmann::json;
 
 struct Options {
   std::string time_into, table, results, ptxas, commit, filter;
@@ -177,10 +176,10 @@ double median_us(const LadderProblem& problem, const Call& call, int repeats) {
   return times[times.size() / 2];
 }
 
-void time_family(json& results, const LadderFamily& family, const Options& options) {
+void time_family(Json& results, const LadderFamily& family, const Options& options) {
   const LadderProblem problem = family.make(family.bench_sizes);
   const LadderCosts costs = family.costs(family.bench_sizes);
-  json& entry = results[family.name] = json::object();
+  Json& entry = results[family.name] = Json::object();
   entry["sizes"] = family.bench_sizes;
   const auto time_call = [&](const std::string& key, const std::string& name, const Call& call) {
     const std::string what = std::string(family.name) + " " + name;
@@ -201,12 +200,11 @@ void time_all(const Options& options) {
   CHECK(cuda_available(&reason), "cuda_ladder: no GPU: ", reason);
   cudaDeviceProp properties;
   CHECK(cudaGetDeviceProperties(&properties, 0) == cudaSuccess, "cuda_ladder: device 0 is silent");
-  std::string file = properties.name;
-  std::replace(file.begin(), file.end(), ' ', '_');
-  const fs::path path = fs::path(options.time_into) / (file + ".json");
-  json all = json::object();
-  if (std::ifstream in(path); in) all = json::parse(in);
-  json& ladder = all["ladder"];
+  const fs::path path = fs::path(options.time_into) / file_name_of(properties.name);
+  Json all = Json::object();  // whose other sections stay (gpu_tables.h)
+  if (std::ifstream in(path); in) all = Json::parse(in);
+  all["device"]["gpu"] = properties.name;
+  Json& ladder = all["ladder"];
   ladder["device"] = properties.name;
   ladder["commit"] = options.commit;
   for (const LadderFamily& family : ladder_families())
@@ -214,7 +212,7 @@ void time_all(const Options& options) {
       time_family(ladder["families"], family, options);
   if (!options.filter.empty()) return;  // a file holds all families, of one commit
   fs::create_directories(path.parent_path());
-  std::ofstream(path) << all.dump(2) << '\n';
+  std::ofstream(path) << all.dump(1) << '\n';
   std::printf("written: %s\n", path.c_str());
 }
 

@@ -2,7 +2,8 @@
 
 # --- programs for this machine's card ----------------------------------------------------------------
 # The tests that also run on a real device: all but those of the emulator itself.
-GPU_TESTS := $(filter-out tests/cuda/faults_test.cpp,$(wildcard tests/cuda/*_test.cpp)) tests/op_cases.cpp tests/main.cpp
+GPU_TESTS := $(filter-out tests/cuda/faults_test.cpp,$(wildcard tests/cuda/*_test.cpp)) tests/op_cases.cpp tests/main.cpp \
+             bench/cuda_ladder_table.cpp
 GPU_TEST_OBJ := $(GPU_TESTS:%.cpp=build/nvcc/%.o)
 GPU_PROGRAMS := graft cuda_tests bench/train_step bench/cuda_kernels bench/gpu_results
 
