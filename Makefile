@@ -151,10 +151,8 @@ build/nvcc/%.ptxas: %.cu $(wildcard cuda/*.h cuda/*.cuh)
 	  { cat $@; rm $@; exit 1; }
 $(EMU)/fast/cuda_ladder: $(call emu_names,fast,bench/cuda_ladder.cpp bench/cuda_ladder_table.cpp) $(call emu_backend,fast) build/libgraft.a
 	$(CXX) -o $@ $^ -lboost_context -lopenblas $(LIBS)
-build/nvcc/cuda_ladder: build/nvcc/bench/cuda_ladder.o build/nvcc/bench/cuda_ladder_table.o $(GRAFT)
-	$(CXX) $(ALLFLAGS) -o $@ $(filter %.o,$^) $(GRAFT_LIBS)
 
--include $(EMU)/fast/bench/cuda_ladder.d build/nvcc/bench/cuda_ladder.d build/nvcc/bench/cuda_ladder_table.d
+-include $(EMU)/fast/bench/cuda_ladder.d
 -include $(CUDA_OBJ:.o=.d) $(NVCC_TESTS:.o=.d) $(LIB_OBJ:.o=.d) $(TEST_OBJ:.o=.d) $(BUILD)/obj/train/main.d $(BENCH_BIN:%=%.d)
 
 include bench/gpu.mk
@@ -192,8 +190,8 @@ ladder:  ## what each rung of each CUDA kernel costs, into cuda/README.md; what 
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
 	@$(MAKE) --no-print-directory -j$(JOBS) $(EMU)/fast/cuda_ladder $(if $(filter-out none,$(NVCC)),$(LADDER_PTXAS))
 ifneq ($(CARD),)
-	@$(MAKE) --no-print-directory -j$(JOBS) build/nvcc/cuda_ladder
-	build/nvcc/cuda_ladder --time bench/results --commit $$(git rev-parse --short HEAD)
+	@$(MAKE) --no-print-directory -j$(JOBS) build/bench/cuda_ladder
+	build/bench/cuda_ladder --time bench/results --commit $$(git rev-parse --short HEAD)
 endif
 	$(EMU)/fast/cuda_ladder --table cuda/README.md --results bench/results --ptxas build/nvcc/cuda
 

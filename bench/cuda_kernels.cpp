@@ -223,10 +223,14 @@ void bench_attention(Bench& bench, const Sizes& s, int64_t sequence, bool qk_nor
       text("T %, S %, heads %/%, D %", {s.T, sequence, s.heads, s.kv_heads, s.D});
   bench.measure("rope q", shape, 4 * qs, 0, [&] { backend.rope(q, q, positions, table, +1); });
   if (qk_norm) {
-    Tensor rstd = Tensor::empty({s.T, s.heads}, DType::F32, Device::CUDA);
+    Tensor rstd = Tensor::empty({s.T, s.heads}, DType::F32, Device::CUDA), none;
     const Tensor weight = on_gpu({s.D});
-    bench.measure("rms_norm_forward q", shape, 4 * qs, 0,
-                  [&] { backend.rms_norm_forward(out, rstd, q, weight, 1e-6); });
+    bench.measure("qk_norm_rope_forward q", shape, 4 * qs, 0, [&] {
+      backend.qk_norm_rope_forward(out, rstd, q, weight, 1e-6, positions, table);
+    });
+    bench.measure("qk_norm_rope_backward q", shape, 6 * qs, 0, [&] {
+      backend.qk_norm_rope_backward(dq, none, dout, q, weight, rstd, positions, table);
+    });
   }
   bench.measure("attention_forward", shape, 2 * (2 * qs + 2 * ks), 2 * square,
                 [&] { backend.attention_forward(out, lse, q, k, v, cu, cu, scale); });

@@ -201,9 +201,9 @@ void time_all(const Options& options) {
   cudaDeviceProp properties;
   CHECK(cudaGetDeviceProperties(&properties, 0) == cudaSuccess, "cuda_ladder: device 0 is silent");
   const fs::path path = fs::path(options.time_into) / file_name_of(properties.name);
-  Json all = Json::object();  // whose other sections stay (gpu_tables.h)
+  Json all = Json::object();
   if (std::ifstream in(path); in) all = Json::parse(in);
-  all["device"]["gpu"] = properties.name;
+  if (!all.contains("device")) all["device"]["gpu"] = properties.name;
   Json& ladder = all["ladder"];
   ladder["device"] = properties.name;
   ladder["commit"] = options.commit;

@@ -2,17 +2,20 @@
 
 # --- programs for this machine's card ----------------------------------------------------------------
 # The tests that also run on a real device: all but those of the emulator itself.
-GPU_TESTS := $(filter-out tests/cuda/faults_test.cpp,$(wildcard tests/cuda/*_test.cpp)) tests/op_cases.cpp tests/main.cpp \
-             bench/cuda_ladder_table.cpp
+GPU_TESTS := $(filter-out tests/cuda/faults_test.cpp tests/cuda/cublas_test.cpp,$(wildcard tests/cuda/*_test.cpp)) \
+             tests/op_cases.cpp tests/main.cpp bench/cuda_ladder_table.cpp
 GPU_TEST_OBJ := $(GPU_TESTS:%.cpp=build/nvcc/%.o)
-GPU_PROGRAMS := graft cuda_tests bench/train_step bench/cuda_kernels bench/gpu_results
+LADDER_OBJ   := build/nvcc/bench/cuda_ladder.o build/nvcc/bench/cuda_ladder_table.o
+GPU_PROGRAMS := graft cuda_tests bench/train_step bench/cuda_kernels bench/cuda_ladder bench/gpu_results
 
 build/cuda_tests: $(GPU_TEST_OBJ) $(GRAFT)
 	$(CXX) $(ALLFLAGS) -o $@ $(GPU_TEST_OBJ) $(GRAFT_LIBS) -lgtest
 
 build/bench/cuda_kernels: build/nvcc/bench/cuda_kernels.o $(GRAFT)
+build/bench/cuda_ladder: $(LADDER_OBJ) $(GRAFT)
+build/bench/cuda_kernels build/bench/cuda_ladder:
 	@mkdir -p $(@D)
-	$(CXX) $(ALLFLAGS) -o $@ $< $(GRAFT_LIBS)
+	$(CXX) $(ALLFLAGS) -o $@ $(filter %.o,$^) $(GRAFT_LIBS)
 
 build/bench/gpu_results: build/obj/bench/gpu_results.o
 	@mkdir -p $(@D)
@@ -26,7 +29,8 @@ $(EMU_BENCH): $(EMU)/fast/bench/%: $(EMU)/fast/bench/%.o $(call emu_backend,fast
 
 # --- programs for other machines: non-CUDA libraries linked statically, device code for $(2) ----------
 STATIC_LIBS := $(patsubst -l%,-l:lib%.a,$(filter -l%,$(LIBS))) -static-libstdc++ -static-libgcc -pthread
-HOST_OBJ    := build/obj/train/main.o build/obj/bench/train_step.o build/obj/bench/gpu_results.o build/nvcc/bench/cuda_kernels.o
+HOST_OBJ    := build/obj/train/main.o build/obj/bench/train_step.o build/obj/bench/gpu_results.o \
+               build/nvcc/bench/cuda_kernels.o $(LADDER_OBJ)
 
 define packed_rules
 build/$(1)/nvcc/%.o: %.cu
@@ -39,6 +43,7 @@ build/$(1)/graft: build/obj/train/main.o
 build/$(1)/bench/train_step: build/obj/bench/train_step.o
 build/$(1)/bench/gpu_results: build/obj/bench/gpu_results.o
 build/$(1)/bench/cuda_kernels: build/nvcc/bench/cuda_kernels.o
+build/$(1)/bench/cuda_ladder: $(LADDER_OBJ)
 build/$(1)/cuda_tests: $(GPU_TEST_OBJ)
 build/$(1)/cuda_tests: EXTRA_LIBS := -l:libgtest.a
 $(GPU_PROGRAMS:%=build/$(1)/%): build/libgraft.a build/$(1)/libgraft_cuda.a

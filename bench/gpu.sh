@@ -92,6 +92,12 @@ part_test() {
 }
 
 part_bench() {
+  if [ -x "$bin/bench/cuda_ladder" ]; then
+    limited 150 "$bin/bench/cuda_ladder" --time "$out" --commit "$commit" >"$log/ladder.log" 2>&1 || {
+      echo "cuda_ladder ended with status $?: $(tail -n 1 "$log/ladder.log")"
+      failed=1
+    }
+  fi
   limited "$limit" "$bin/bench/cuda_kernels" --models "${models// /,}" ${BENCH_ARGS:---sustained 60} 2>"$log/bench.err" >>"$rows" || {
     echo "cuda_kernels ended with status $?: $(tail -n 1 "$log/bench.err")"
     failed=1

@@ -1,7 +1,8 @@
 // The README's tables about GPUs, made from bench/results/*.json: what gpu_results prints and its
 // test checks. A result file is
 //   {"device": {"gpu": NAME, ...}, SECTION: {"commit", "date", "driver", "rows": [...]}, ...}
-// with the sections test, bench, step and peers, whose rows are the lines that the programs print.
+// with the sections test, bench, step and peers (and ladder, which is cuda_ladder's), whose rows
+// are the lines that the programs print.
 #pragma once
 
 #include <algorithm>
@@ -134,9 +135,9 @@ inline std::string test_line(const Json& result) {
 }
 
 inline std::string gpu_section(const std::vector<Json>& results) {
-  if (results.empty()) return "No GPU has been measured yet.\n";
   std::string text;
   for (const Json& result : results) {
+    if (!result.contains("test") && !result.contains("step") && !result.contains("peers")) continue;
     text += "**" + result["device"]["gpu"].get<std::string>() + "**";
     for (const char* section : {"peers", "step"})
       if (result.contains(section)) {
@@ -145,6 +146,7 @@ inline std::string gpu_section(const std::vector<Json>& results) {
       }
     text += "\n\n" + test_line(result) + step_table(result) + "\n";
   }
+  if (text.empty()) return "No GPU has been measured yet.\n";
   text.pop_back();
   return text;
 }

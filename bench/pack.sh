@@ -37,7 +37,7 @@ bundle() {  # FOLDER: the model that graft demo trains, and the licences
 if [ "$what" = kit ]; then
   rm -rf "$folder"
   mkdir -p "$folder/bin/bench" "$folder/bench/models"
-  for program in graft cuda_tests bench/train_step bench/cuda_kernels bench/gpu_results; do
+  for program in graft cuda_tests bench/train_step bench/cuda_kernels bench/cuda_ladder bench/gpu_results; do
     check_needed "$built/$program"
     cp "$built/$program" "$folder/bin/$program"
   done
