@@ -1,4 +1,5 @@
-// Decoding of the bundled model on the device: the ids of the CPU.
+// Decoding of the bundled model on the device: the ids of the CPU, and no more waiting for the
+// device than one id a token.
 #include "models/generate.h"
 
 #include <gtest/gtest.h>
@@ -11,6 +12,9 @@
 #include "models/weights.h"
 #include "tensor/backend.h"
 #include "tests/tolerance.h"
+#if defined(CUDA_EMU)
+#include "cuda/emulator/emulator.h"
+#endif
 
 namespace graft {
 namespace {
@@ -66,6 +70,27 @@ TEST_F(DeviceGenerate, HiddenStatesAreThoseOfTheCpuAtEveryStep) {
     next = {int32_t(7 + step)};
   }
 }
+
+#if defined(CUDA_EMU)
+// A step takes its ids and positions up in one copy, and waits for nothing before the next id.
+TEST_F(DeviceGenerate, AStepWaitsForOneIdAndUploadsOnce) {
+  const auto model = load_model(kModel, DType::BF16, Device::CUDA);
+  const Tensor id = Tensor::zeros({1}, DType::I32, Device::CUDA);
+  const uint64_t before = emu::stats().synchronisations;
+  id.to(Device::CPU);
+  const uint64_t of_one_id = emu::stats().synchronisations - before;
+  std::vector<emu::Stats> after;
+  generate(*model, prompt(), config_, [&](int32_t) {
+    after.push_back(emu::stats());
+    return after.size() < 4;
+  });
+  for (size_t i = 2; i < after.size(); ++i) {
+    EXPECT_EQ(after[i].synchronisations - after[i - 1].synchronisations, of_one_id) << "step " << i;
+    EXPECT_EQ(after[i].pageable_copies - after[i - 1].pageable_copies, 2u) << "step " << i;
+    EXPECT_GT(after[i].launches - after[i - 1].launches, 10u);
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace graft
