@@ -29,22 +29,22 @@ Tensor random_tensor(Random& random, Shape shape, DType dtype, double scale = 1)
 // The heads as (T, heads, D), dense or `gap` elements apart, or as columns of a wider product.
 enum class Layout { Dense, Apart, Columns };
 
-Tensor heads_tensor(Random& random, Layout layout, int64_t head_dim, DType dtype) {
-  const Shape dense{kTokens, kHeads, head_dim};
+Tensor heads_tensor(Random& random, Layout layout, int64_t heads, int64_t head_dim, DType dtype) {
+  const Shape dense{kTokens, heads, head_dim};
   if (layout == Layout::Dense) return random_tensor(random, dense, dtype);
   if (layout == Layout::Columns)
-    return random_tensor(random, {kTokens, kHeads * head_dim + 13}, dtype)
-        .slice_cols(5, 5 + kHeads * head_dim);
-  return random_tensor(random, {kTokens * kHeads, head_dim + 3}, dtype).slice_cols(0, head_dim);
+    return random_tensor(random, {kTokens, heads * head_dim + 13}, dtype)
+        .slice_cols(5, 5 + heads * head_dim);
+  return random_tensor(random, {kTokens * heads, head_dim + 3}, dtype).slice_cols(0, head_dim);
 }
 
 // Inputs from one seed. Rows that are apart are seen as (T * heads, D): a token has one head then.
 struct Inputs {
   Tensor x, dy, weight, table, positions;
-  Inputs(Layout layout, int64_t head_dim, DType dtype, DType weight_dtype) {
+  Inputs(Layout layout, int64_t head_dim, DType dtype, DType weight_dtype, int64_t heads = kHeads) {
     Random random(7);
-    x = heads_tensor(random, layout, head_dim, dtype);
-    dy = heads_tensor(random, layout, head_dim, dtype);
+    x = heads_tensor(random, layout, heads, head_dim, dtype);
+    dy = heads_tensor(random, layout, heads, head_dim, dtype);
     weight = random_tensor(random, {head_dim}, weight_dtype);
     table = random_tensor(random, {kPositions, head_dim},
                           dtype == DType::F64 ? DType::F64 : DType::F32);
@@ -139,6 +139,13 @@ TEST(QkNormRope, FastAgreesWithReferenceInEveryLayout) {
           compare(concat("head_dim ", head_dim, " layout ", int(layout)), in, outputs_of);
           compare(concat("no norm, head_dim ", head_dim), in, outputs_without_norm);
         }
+}
+
+// The fast backward takes 32 heads at a time.
+TEST(QkNormRope, FastAgreesWithReferenceOfManyHeads) {
+  for (int64_t heads : {32, 33, 70})
+    for (DType dtype : {DType::F32, DType::BF16})
+      compare(concat(heads, " heads"), Inputs(Layout::Dense, 20, dtype, dtype, heads), outputs_of);
 }
 
 // Columns of a merged product are read where they lie: the same bytes as from a copy of them.
