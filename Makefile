@@ -178,8 +178,10 @@ test:  ## install what is missing, build and run every test [SAN=asan] [FILTER=T
 emulated:  ## run CUDA kernels on the CPU: fast, with a memory checker, with a race checker [FILTER=Faults.*]
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
 	@$(MAKE) --no-print-directory -j$(JOBS) $(EMU_BIN)
-	@for kind in $(EMU_KINDS); do echo "emulated CUDA, $$kind:"; \
-	  OPENBLAS_NUM_THREADS=1 $(EMU)/$$kind/cuda_tests --gtest_brief=1 $(if $(FILTER),--gtest_filter='$(FILTER)') || exit 1; done
+	@$(MAKE) --no-print-directory -j$(JOBS) $(EMU_KINDS:%=emulated-%)
+emulated-%: $(EMU)/%/cuda_tests
+	@OPENBLAS_NUM_THREADS=1 $< --gtest_brief=1 $(if $(FILTER),--gtest_filter='$(FILTER)') >$<.log 2>&1; rc=$$?; \
+	  echo "emulated CUDA, $*:"; [ $$rc = 0 ] || cat $<.log; tail -n 1 $<.log; exit $$rc
 
 emulated-train:  ## fine-tune the bundled model with every kernel emulated, and on the CPU [STEPS=20]
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"

@@ -80,7 +80,9 @@ TEST_P(FinetuneOnCuda, LosesAsTheCpuDoesAndTwiceTheSameBytes) {
     EXPECT_NEAR(first.grad_norms[i] / cpu.grad_norms[i], 1, 10 * tolerance)
         << "gradient norm of step " << i + 1;
   }
-  if (steps() >= 10) EXPECT_LT(first.losses.back(), 0.9 * first.losses.front());
+  if (steps() >= 10) {
+    EXPECT_LT(first.losses.back(), 0.9 * first.losses.front());
+  }
   EXPECT_FALSE(adapter_bytes("first").empty());
   EXPECT_EQ(adapter_bytes("first"), adapter_bytes("second"));
 }

@@ -1,5 +1,5 @@
 // The emulator's headers against CUDA's own: names, values, layouts and signatures. Compiled
-// against the stand-ins by `make emulated` and against the real headers by `make nvcc-check`; where
+// against the stand-ins by `make emulated` and against the real headers by `make test`; where
 // both agree with this file, they agree with each other.
 #include <cublasLt.h>
 #include <cublas_v2.h>
