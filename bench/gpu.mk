@@ -35,7 +35,7 @@ HOST_OBJ    := build/obj/train/main.o build/obj/bench/train_step.o build/obj/ben
 define packed_rules
 build/$(1)/nvcc/%.o: %.cu
 	@mkdir -p $$(@D)
-	$(NVCC) -std=c++20 -O3 -I. -t 2 $(2) -Werror all-warnings -Xcompiler -Wall -MMD -MP -MF $$(@:.o=.d) -c -o $$@ $$<
+	$(NVCC) -std=c++20 -O3 -I. -t 2 --compress-mode=size $(2) -Werror all-warnings -Xcompiler -Wall -MMD -MP -MF $$(@:.o=.d) -c -o $$@ $$<
 build/$(1)/libgraft_cuda.a: $(patsubst %.cu,build/$(1)/nvcc/%.o,$(wildcard cuda/*.cu)) $(CUDA_SRC:%.cpp=build/nvcc/%.o)
 	@rm -f $$@
 	ar rcs $$@ $$^
@@ -48,7 +48,7 @@ build/$(1)/cuda_tests: $(GPU_TEST_OBJ)
 build/$(1)/cuda_tests: EXTRA_LIBS := -l:libgtest.a
 $(GPU_PROGRAMS:%=build/$(1)/%): build/libgraft.a build/$(1)/libgraft_cuda.a
 	@mkdir -p $$(@D)
-	$$(CXX) -s -o $$@ $$(filter %.o,$$^) -Wl,--start-group $$(filter %.a,$$^) -Wl,--end-group \
+	$$(CXX) -s -Wl,--gc-sections -o $$@ $$(filter %.o,$$^) -Wl,--start-group $$(filter %.a,$$^) -Wl,--end-group \
 	  $$(EXTRA_LIBS) $$(CUDA_LIBS) $$(STATIC_LIBS)
 -include $(patsubst %.cu,build/$(1)/nvcc/%.d,$(wildcard cuda/*.cu))
 endef
