@@ -9,7 +9,6 @@
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <regex>
 #include <sstream>
 
 #include "cuda/variants.h"
@@ -61,6 +60,16 @@ std::string without_parameters(const std::string& name) {
     if (depth == 0) return name.substr(0, i);
   }
   return name;
+}
+
+// The number that ends where `text` begins in the line.
+int number_before(const std::string& line, const std::string& text) {
+  const size_t end = line.find(text);
+  CHECK(end != std::string::npos, "cuda_ladder: no \"", text, "\" in ptxas's line: ", line);
+  size_t begin = end;
+  while (begin > 0 && line[begin - 1] >= '0' && line[begin - 1] <= '9') --begin;
+  CHECK(begin < end, "cuda_ladder: no number before \"", text, "\" in ptxas's line: ", line);
+  return std::stoi(line.substr(begin, end - begin));
 }
 
 const KernelResources* resources_of(const std::map<std::string, KernelResources>& kernels,
@@ -136,17 +145,18 @@ std::string family_section(const LadderFamily& family, const LadderMeasurements&
 void read_ptxas(std::map<std::string, KernelResources>& kernels, const std::string& path) {
   std::ifstream in(path);
   CHECK(in, "cuda_ladder: cannot read ", path);
-  const std::regex entry("Compiling entry function '([^']+)'"), used("Used ([0-9]+) registers"),
-      spills("([0-9]+) bytes spill stores, ([0-9]+) bytes spill loads");
   std::string kernel;
-  std::smatch match;
   for (std::string line; std::getline(in, line);) {
-    if (std::regex_search(line, match, entry)) kernel = without_parameters(demangled(match[1]));
+    if (line.find("Compiling entry function '") != std::string::npos) {
+      const size_t from = line.find('\'') + 1;
+      kernel = without_parameters(demangled(line.substr(from, line.find('\'', from) - from)));
+    }
     if (kernel.empty()) continue;
-    if (std::regex_search(line, match, spills))
-      kernels[kernel].spilled_bytes = std::stoi(match[1]) + std::stoi(match[2]);
-    if (std::regex_search(line, match, used)) {
-      kernels[kernel].registers = std::stoi(match[1]);
+    if (line.find("bytes spill stores") != std::string::npos)
+      kernels[kernel].spilled_bytes =
+          number_before(line, " bytes spill stores") + number_before(line, " bytes spill loads");
+    if (line.find("Used ") != std::string::npos) {
+      kernels[kernel].registers = number_before(line, " registers");
       kernel.clear();  // what follows is another's
     }
   }
