@@ -15,9 +15,10 @@
 
 #include "cuda/emulator/vector_types.h"
 
-#if defined(__SANITIZE_ADDRESS__)
+// Whether the program runs under AddressSanitizer; defined by hand for files that it does not check.
+#if !defined(EMU_ASAN) && defined(__SANITIZE_ADDRESS__)
 #define EMU_ASAN 1
-#else
+#elif !defined(EMU_ASAN)
 #define EMU_ASAN 0
 #endif
 // Compiled into kernels' translation units but not part of the kernel: keep the race checker out of

@@ -5,9 +5,12 @@
 // ThreadSanitizer's own library (so link *without* -fsanitize=thread). Each byte of device and
 // shared memory remembers its last write and its last reads; two accesses, one of them a write, are
 // a race unless the CUDA execution model orders them: same thread, a __syncthreads between, a
-// __syncwarp between within one warp, or an earlier launch.
+// __syncwarp between within one warp, or an earlier launch. Bytes that have only been accessed
+// together, four or two of them, share one memory.
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <bit>
 #include <cstring>
 #include <map>
 #include <set>
@@ -24,9 +27,11 @@ using emu::Access;
 
 struct Stamp {
   uint32_t block = 0;
-  uint16_t epoch = 0, warp_epoch = 0, thread = 0;
-  bool used = false, atomic = false, pending = false;  // pending: an unfinished cp.async
-  uint32_t pc = 0;                                     // offset into the program
+  uint32_t pc = 0;  // offset into the program
+  uint16_t epoch = 0, warp_epoch = 0;
+  uint16_t thread : 10 = 0;
+  bool used : 1 = false, atomic : 1 = false,
+              pending : 1 = false;  // pending: an unfinished cp.async
 };
 // The last write and three reads, enough to be exact: if some past read is unordered with a write,
 // then so is the latest, or the latest by another thread than that, or the latest by another warp
@@ -34,11 +39,22 @@ struct Stamp {
 struct Cell {
   Stamp write, read, other_thread, other_warp;
 };
+static_assert(sizeof(Cell) == 64);  // a line of the cache
+
+// The memory of a stretch of bytes. The four bytes of a word share the cell of the first until some
+// access takes a part of them; then each half has one, or each byte.
+struct History {
+  size_t words = 0;
+  Cell* cells = nullptr;        // those of all first bytes, of all second bytes, ...
+  uint8_t* halvings = nullptr;  // one for each word: 0, 1 or 2
+
+  Cell& cell(size_t offset) const { return cells[offset % 4 * words + offset / 4]; }
+};
 
 struct Region {
   char* begin;
   size_t bytes;
-  Cell* cells;
+  History history;
   bool* initialised;
 };
 
@@ -46,6 +62,30 @@ template <class T>
 T* reserve(size_t n) {  // pages appear when touched, zeroed
   return static_cast<T*>(mmap(nullptr, n * sizeof(T), PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+}
+
+// Histories of freed memory, by the bytes that they serve. What they remember is of earlier
+// launches, which are over, so the next owner need not forget it; fresh pages cost more.
+std::multimap<size_t, History>& spare() {
+  static auto& m = *new std::multimap<size_t, History>;
+  return m;
+}
+size_t capacity(size_t bytes) { return std::bit_ceil(std::max<size_t>(bytes, 4096)); }
+History take_history(size_t bytes) {
+  const size_t n = capacity(bytes);
+  if (auto it = spare().find(n); it != spare().end()) return spare().extract(it).mapped();
+  return {n / 4, reserve<Cell>(n), reserve<uint8_t>(n / 4)};
+}
+
+// Splits the word at `offset` until it remembers parts of `grain` bytes; says of how many it does.
+size_t refine(const History& h, size_t offset, size_t grain) {
+  const size_t word = offset / 4 * 4;
+  uint8_t& halvings = h.halvings[offset / 4];
+  for (; 4u >> halvings > grain; ++halvings) {
+    const size_t half = 2u >> halvings;
+    for (size_t at = half; at < 4; at += 2 * half) h.cell(word + at) = h.cell(word + at - half);
+  }
+  return 4u >> halvings;
 }
 
 std::map<char*, Region>& regions() {
@@ -86,6 +126,40 @@ bool ordered(const Stamp& first, const Stamp& now, bool shared, uint64_t launch_
          (first.thread / 32 == now.thread / 32 && first.warp_epoch < now.warp_epoch);
 }
 
+// An access to all the bytes of one cell; `initialised` is null in shared memory.
+void check_part(Cell& c, bool* initialised, size_t bytes, Access kind, const Stamp& now,
+                uint64_t launch_first_block) {
+  const bool shared = !initialised;
+  auto conflict = [&](const char* what, const Stamp& first) {
+    if (ordered(first, now, shared, launch_first_block) || (first.atomic && now.atomic)) return;
+    report_once(what, first.pc, now.pc,
+                std::string(shared ? " in shared memory" : " in device memory") + ", threads " +
+                    std::to_string(first.thread) + " and " + std::to_string(now.thread) +
+                    (first.block == now.block ? "" : " of different blocks"));
+  };
+  if (kind != Access::kRead) {
+    conflict("race between two writes", c.write);
+    for (const Stamp* read : {&c.read, &c.other_thread, &c.other_warp})
+      conflict("race between a read and a write", *read);
+    c.write = now;
+    if (!shared) std::memset(initialised, 1, bytes);
+    return;
+  }
+  if (shared ? !c.write.used || c.write.block != now.block
+             : std::memchr(initialised, 0, bytes) != nullptr)
+    report_once("read of uninitialised memory", 0, now.pc,
+                shared ? " in shared memory" : " in device memory");
+  else if (c.write.pending && c.write.block == now.block)
+    report_once("read of a cp.async destination before its wait", c.write.pc, now.pc, "");
+  conflict("race between a write and a read", c.write);
+  if (c.read.used) {
+    const bool other_block = c.read.block != now.block;
+    if (other_block || c.read.thread != now.thread) c.other_thread = c.read;
+    if (other_block || c.read.thread / 32 != now.thread / 32) c.other_warp = c.read;
+  }
+  c.read = now;
+}
+
 void check(const void* p, size_t bytes, Access kind, int thread, const void* pc_pointer) {
   static bool inside = false;  // inline library code of an instrumented object may be ours, too
   if (inside) return;
@@ -97,19 +171,19 @@ void check(const void* p, size_t bytes, Access kind, int thread, const void* pc_
   if (thread < 0 || emu::on_fiber_stack(p)) return;  // host code, or a local variable
   ++emu::stats().accesses;
   const emu::Clock& clock = emu::race_clock();
-  const Stamp now{
-      static_cast<uint32_t>(clock.block),
-      static_cast<uint16_t>(clock.block_epoch),
-      static_cast<uint16_t>(clock.warp_epoch[static_cast<size_t>(thread / 32)]),
-      static_cast<uint16_t>(thread),
-      true,
-      kind == Access::kAtomic,
-      kind == Access::kPending,
-      static_cast<uint32_t>(static_cast<const char*>(pc_pointer) - &__executable_start)};
-  static Cell* shared_cells = reserve<Cell>(512 << 10);
+  Stamp now;
+  now.block = static_cast<uint32_t>(clock.block);
+  now.pc = static_cast<uint32_t>(static_cast<const char*>(pc_pointer) - &__executable_start);
+  now.epoch = static_cast<uint16_t>(clock.block_epoch);
+  now.warp_epoch = static_cast<uint16_t>(clock.warp_epoch[static_cast<size_t>(thread / 32)]);
+  now.thread = static_cast<uint16_t>(thread & 1023);
+  now.used = true;
+  now.atomic = kind == Access::kAtomic;
+  now.pending = kind == Access::kPending;
+  static const History shared_history = take_history(512 << 10);
   size_t offset;
   const bool shared = emu::in_shared_arena(p, offset);
-  Cell* cell = shared_cells + offset;
+  History history = shared_history;
   bool* initialised = nullptr;  // of device memory; shared memory is so once written in this block
   if (!shared) {
     Region* r = find(p);
@@ -120,39 +194,16 @@ void check(const void* p, size_t bytes, Access kind, int thread, const void* pc_
     offset = static_cast<size_t>(static_cast<const char*>(p) - r->begin);
     if (offset + bytes > r->bytes)
       return report_once("access past the end of a device allocation", 0, now.pc, "");
-    cell = r->cells + offset;
-    initialised = r->initialised + offset;
+    history = r->history;
+    initialised = r->initialised;
   }
-  auto conflict = [&](const char* what, const Stamp& first) {
-    if (ordered(first, now, shared, clock.launch_first_block) || (first.atomic && now.atomic))
-      return;
-    report_once(what, first.pc, now.pc,
-                std::string(shared ? " in shared memory" : " in device memory") + ", threads " +
-                    std::to_string(first.thread) + " and " + std::to_string(thread) +
-                    (first.block == now.block ? "" : " of different blocks"));
-  };
-  for (size_t i = 0; i < bytes; ++i) {
-    Cell& c = cell[i];
-    if (kind == Access::kRead) {
-      if (shared ? !c.write.used || c.write.block != now.block : !initialised[i])
-        report_once("read of uninitialised memory", 0, now.pc,
-                    shared ? " in shared memory" : " in device memory");
-      else if (c.write.pending && c.write.block == now.block)
-        report_once("read of a cp.async destination before its wait", c.write.pc, now.pc, "");
-      conflict("race between a write and a read", c.write);
-      if (c.read.used) {
-        const bool other_block = c.read.block != now.block;
-        if (other_block || c.read.thread != now.thread) c.other_thread = c.read;
-        if (other_block || c.read.thread / 32 != now.thread / 32) c.other_warp = c.read;
-      }
-      c.read = now;
-    } else {
-      conflict("race between two writes", c.write);
-      for (const Stamp& read : {c.read, c.other_thread, c.other_warp})
-        conflict("race between a read and a write", read);
-      c.write = now;
-      if (!shared) initialised[i] = true;
-    }
+  for (const size_t last = offset + bytes; offset < last;) {
+    // What lies in one word, in parts that it starts and ends between.
+    const size_t n = std::min(4 - offset % 4, last - offset);
+    const size_t grain = refine(history, offset, (offset | n) & -(offset | n) & 7);
+    for (const size_t stop = offset + n; offset < stop; offset += grain)
+      check_part(history.cell(offset), initialised ? initialised + offset : nullptr, grain, kind,
+                 now, clock.launch_first_block);
   }
 }
 
@@ -162,10 +213,11 @@ void check(const void* p, size_t bytes, Access kind, int thread, const void* pc_
     auto* begin = static_cast<char*>(p);
     ++changes;
     if (alive) {
-      regions()[begin] = {begin, bytes, reserve<Cell>(bytes), reserve<bool>(bytes)};
+      regions()[begin] = {begin, bytes, take_history(bytes), reserve<bool>(bytes)};
     } else {
-      munmap(regions()[begin].cells, bytes * sizeof(Cell));
-      munmap(regions()[begin].initialised, bytes);
+      const Region& r = regions()[begin];
+      spare().emplace(capacity(bytes), r.history);
+      munmap(r.initialised, bytes);
       regions().erase(begin);
     }
   };

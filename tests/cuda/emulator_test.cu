@@ -36,6 +36,34 @@ __global__ void leaving_kernel(int* out) {
   if (threadIdx.x == 31) return;
   out[threadIdx.x] = __shfl_sync(~0u, int(threadIdx.x), 31);  // line kLeavingLine
 }
+// Accesses of several widths to one word of shared memory; which of them race, the test knows.
+__global__ void widths_kernel(int which) {
+  SHARED_ARRAY(uint32_t, words, 8);
+  const int thread = int(threadIdx.x);
+  auto* bytes = reinterpret_cast<unsigned char*>(words);
+  auto* halves = reinterpret_cast<uint16_t*>(words);
+  if (thread < 8) words[thread] = 0;
+  __syncthreads();
+  if (which == 0) {  // neighbours, each its own
+    bytes[thread] = 1;
+  } else if (which == 1) {
+    if (thread == 0) words[0] = 1;
+    if (thread == 1) bytes[2] = 1;
+  } else if (which == 2) {
+    if (thread == 1) bytes[2] = 1;
+    if (thread == 0) words[0] = 1;
+  } else if (which == 3) {
+    if (thread == 0) halves[0] = 1;
+    if (thread == 1) halves[1] = uint16_t(halves[1] + 1);
+  } else if (which == 4) {
+    if (thread == 0) halves[1] = 1;
+    if (thread == 1) words[1] = bytes[3];
+  } else {  // a write of the whole after reads of its parts
+    if (thread < 4) bytes[4 + thread] = bytes[thread];
+    __syncthreads();
+    if (thread == 9) words[0] = 2;
+  }
+}
 __global__ void empty_kernel(int) {}
 __global__ void count_kernel(int* counter) { atomicAdd(counter, 1); }
 
@@ -119,6 +147,27 @@ TEST(Emulator, TensorCoreProductIsTheProduct) {
       float sum = 0;
       for (size_t k = 0; k < 16; ++k) sum += float(a[i * 16 + k]) * float(b[j * 16 + k]);
       EXPECT_EQ(got[i * 8 + j], sum) << i << ", " << j;
+    }
+}
+
+TEST(Emulator, RacesAreFoundAcrossWidths) {
+  for (int which = 0; which < 6; ++which)
+    for (auto order : {emu::Order::kAscending, emu::Order::kDescending}) {
+      const emu::Options saved = std::exchange(emu::options(), {order, 1});
+      try {
+        launch(widths_kernel, 1, 32, 0, nullptr, which);
+      } catch (const Error&) {
+      }
+      emu::options() = saved;
+      const std::string report = emu::take_report();
+#if defined(EMU_RACECHECK)
+      const bool races = which == 1 || which == 2 || which == 4;
+#else
+      const bool races = false;  // not seen without the checker
+#endif
+      EXPECT_EQ(report.find("race between") != std::string::npos, races) << which << report;
+      EXPECT_EQ(report.empty(), !races) << which << report;
+      (void)cudaGetLastError();
     }
 }
 
