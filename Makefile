@@ -79,7 +79,7 @@ emu_backend  = $(call emu_names,$(1),$(EMU_SRC) $(wildcard cuda/*.cu)) $(if $(fi
 emu_tests    = $(call emu_names,$(1),$(EMU_TESTS))
 
 .DEFAULT_GOAL := all
-.PHONY: all help deps demo demo-base test emulated emulated-train ladder bench bench-peers check format clean install-packages
+.PHONY: all help deps demo demo-base test emulated emulated-train mutants ladder bench bench-peers check format clean install-packages
 
 all: $(BUILD)/graft  ## build build/graft
 
@@ -189,6 +189,25 @@ emulated-train:  ## fine-tune the bundled model with every kernel emulated, and 
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
 	@$(MAKE) --no-print-directory -j$(JOBS) $(EMU)/fast/cuda_tests
 	OPENBLAS_NUM_THREADS=1 GRAFT_FINETUNE_STEPS=$(or $(STEPS),20) $(EMU)/fast/cuda_tests --gtest_filter='*FinetuneOnCuda*'
+
+# The mutants' objects are the normal builds' with those of the changed file, made with -O1 -g0, in
+# their place. {dir} is a mutant's folder: a header there hides the tree's.
+MUTANTS    ?= 120
+FILES      ?= $(wildcard cuda/*.cu cuda/*.cuh)
+MUTATE_SRC := $(wildcard tests/cuda/mutants/*.cpp)
+mutant_args = compile.$(1)='$(CXX) -I{dir} $(EMU_FLAGS) $(EMU_$(1)) $(if $(filter race,$(1)),-fsanitize=thread) -O1 -g0 \
+                -ffile-prefix-map={dir}/= -x c++ -c -o {object} {source}' \
+              link.$(1)='$(CXX) $(EMU_$(1)) -o {program} {objects} build/libgraft.a -lboost_context -lopenblas $(LIBS) -lgtest -lgtest_main -pthread' \
+              objects.$(1)='$(call emu_backend,$(1)) $(call emu_tests,$(1))'
+build/mutants/mutate: $(MUTATE_SRC) $(wildcard tests/cuda/mutants/*.h)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++20 -O1 -Wall -Wextra -I. -o $@ $(MUTATE_SRC) -pthread
+
+mutants:  ## change the kernels one place at a time: do tests notice? [MUTANTS=120] [SEED=n] [FILES=cuda/rope.cu]
+	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
+	@$(MAKE) --no-print-directory -j$(JOBS) $(EMU_KINDS:%=$(EMU)/%/cuda_tests) build/mutants/mutate
+	@OPENBLAS_NUM_THREADS=1 build/mutants/mutate seed=$(or $(SEED),1) count=$(MUTANTS) jobs=$(JOBS) folder=build/mutants/work \
+	  files='$(FILES)' kinds='fast race asan' $(foreach kind,$(EMU_KINDS),$(call mutant_args,$(kind)))
 
 ladder:  ## what each rung of each CUDA kernel costs, into cuda/README.md; what this machine cannot measure is "-"
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
