@@ -74,7 +74,9 @@ void Engine::run_threads(Fiber& fiber) {
     current_->fiber = &fiber;
     try {
       body_(context_);
-      finish_copies(*current_, ~0u);
+      // PTX does not say what becomes of copies under way when their thread ends.
+      if (!current_->copies.empty())
+        abort_launch("a thread ends without the wait for its cp.async copies");
     } catch (const LaneAborted&) {
     }
     end_thread();

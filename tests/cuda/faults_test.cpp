@@ -107,6 +107,11 @@ TEST(Faults, DivergenceIsReported) {
   }
 }
 
+TEST(Faults, CopiesUnderWayAtTheEndAreReported) {
+  for (emu::Order order : kOrders)
+    expect_named(Fault::kUnusedAsyncCopy, order, {"a thread ends without the wait"});
+}
+
 #if defined(EMU_RACECHECK)
 
 // One schedule is enough for the race checker, whatever the order.

@@ -61,6 +61,11 @@ __global__ void faulty_kernel(const float* in, float* out) {  // @kernel
                                                          : blockIdx.x;
     out[at] = sum;  // @store
   }
+  if constexpr (kFault == Fault::kUnusedAsyncCopy) {
+    SHARED_ARRAY(float, unused, kThreads);
+    if (thread % 4 == 0) ptx::cp_async16(unused + thread, in + i, true);
+    ptx::cp_async_commit();
+  }
 }
 
 }  // namespace
@@ -72,6 +77,7 @@ void faulty_block_sum(Fault fault, const float* in, float* out, int n) {
       faulty_kernel<Fault::kMissingBarrier>,
       faulty_kernel<Fault::kMissingSyncwarp>,
       faulty_kernel<Fault::kMissingAsyncWait>,
+      faulty_kernel<Fault::kUnusedAsyncCopy>,
       faulty_kernel<Fault::kWritePastEnd>,
       faulty_kernel<Fault::kReadPastEnd>,
       faulty_kernel<Fault::kSharedPastEnd>,

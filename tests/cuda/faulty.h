@@ -10,6 +10,7 @@ enum class Fault {
   kMissingBarrier,
   kMissingSyncwarp,
   kMissingAsyncWait,
+  kUnusedAsyncCopy,
   kWritePastEnd,
   kReadPastEnd,
   kSharedPastEnd,
