@@ -172,6 +172,16 @@ TEST_F(SmallKernels, RopeAgreesInPlaceAndBackward) {
                   });
 }
 
+// 9 heads of 64 dimensions have 288 pairs, and rows 3 apart give each to a thread of its own.
+TEST_F(SmallKernels, RopeTurnsMorePairsThanABlockHasThreads) {
+  compare("rope (2, 9, 64)", [](Backend& backend, Inputs& in) -> std::vector<Tensor> {
+    const Tensor x = in.dense({2, 9, 64}, in.dtype()), table = in.matrix_of(19, 64, DType::F32);
+    Tensor y = Tensor::empty(x.shape(), x.dtype(), x.device());
+    backend.rope(y, x, in.ids(2, 19, false), table, 1);
+    return {y};
+  });
+}
+
 TEST_F(SmallKernels, RopeRefusesAPositionOutsideTheTable) {
   Inputs in(Device::CUDA, DType::F32, 0);
   Tensor x = in.dense({1, 1, 8}, DType::F32);
@@ -179,6 +189,42 @@ TEST_F(SmallKernels, RopeRefusesAPositionOutsideTheTable) {
   EXPECT_THROW(cuda_backend().rope(x, x, positions, table, 1), Error);
   cuda_backend().rope(x, x, positions.to(Device::CUDA), table, 1);  // the device answers with NaN
   for (double value : x.to_doubles()) EXPECT_TRUE(std::isnan(value));
+}
+
+TEST_F(SmallKernels, ElementwiseOpsAgreeBetweenDTypes) {
+  for_sizes([](int64_t rows, int64_t cols, const std::string& size) {
+    for (DType other : {DType::F32, DType::BF16, DType::F16})
+      compare(concat("elementwise ", size, " and ", dtype_name(other)),
+              [&](Backend& backend, Inputs& in) -> std::vector<Tensor> {
+                const Tensor x = in.matrix_of(rows, cols, other), a = in.matrix(rows, cols);
+                const Tensor factor = in.dense({1}, DType::F32);
+                std::vector<Tensor> out;
+                for (int i = 0; i < 7; ++i) out.push_back(in.matrix(rows, cols));
+                backend.fill(out[0], 0);
+                backend.fill(out[1], 0.3);
+                backend.copy(out[2], x);
+                backend.scale(out[3], x, -1.7);
+                backend.scale_by(out[4], x, factor);
+                backend.add(out[5], a, x);
+                backend.axpy(out[6], x, 0.7);
+                return out;
+              });
+  });
+}
+
+TEST_F(SmallKernels, SumsOverRowsAndOverEverythingAgree) {
+  for_sizes([](int64_t rows, int64_t cols, const std::string& size) {
+    compare("sums " + size, [&](Backend& backend, Inputs& in) -> std::vector<Tensor> {
+      const Tensor x = in.matrix(rows, cols), flat = in.dense({rows * cols}, DType::F32);
+      Tensor sum = in.dense({cols}, DType::F32), more = in.dense({cols}, DType::F32);
+      Tensor total = in.dense({1}, DType::F64), narrow = in.dense({1}, DType::F32);
+      backend.sum_rows(sum, x, false);
+      backend.sum_rows(more, x, true);
+      backend.add_sum(total, flat, 0.25);
+      backend.copy(narrow, total);
+      return {sum, more, total, narrow};
+    });
+  });
 }
 
 TEST_F(SmallKernels, SwigluAgreesForwardAndBackward) {
