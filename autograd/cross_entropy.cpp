@@ -7,14 +7,6 @@
 
 namespace graft::ops {
 
-namespace {
-
-// The rows that have a label, in order: their numbers and their labels, both (n) I32 on the CPU.
-struct LabelledRows {
-  Tensor rows, labels;
-  int64_t count = 0;
-};
-
 LabelledRows labelled_rows(const Tensor& labels, int64_t vocabulary) {
   const int32_t* label = labels.data<int32_t>();
   std::vector<int32_t> rows, kept;
@@ -26,8 +18,10 @@ LabelledRows labelled_rows(const Tensor& labels, int64_t vocabulary) {
     kept.push_back(label[t]);
   }
   const int64_t count = int64_t(rows.size());
-  return {Tensor::from_ints({count}, rows), Tensor::from_ints({count}, kept), count};
+  return {Tensor::from_ints({count}, rows), Tensor::from_ints({count}, kept)};
 }
+
+namespace {
 
 struct Loss {
   const Tensor& hidden;  // (T, H)
@@ -103,12 +97,28 @@ Variable linear_cross_entropy(const Variable& hidden, const Variable& weight, co
                               double scale, Tensor* token_losses, int64_t chunk_rows) {
   const char* op = "linear_cross_entropy";
   check_activation(op, "hidden", hidden, 2);
+  CHECK(weight.defined() && weight.value().rank() == 2, op, ": weight must be (V, H)");
+  CHECK(labels.defined() && labels.dtype() == DType::I32 && labels.rank() == 1 &&
+            labels.device() == Device::CPU,
+        op, ": labels must be I32 of rank 1 on the CPU");
+  CHECK(labels.size(0) == hidden.shape()[0], op, ": hidden is ", hidden.shape(), " but labels is ",
+        labels.shape());
+  return linear_cross_entropy(hidden, weight, labelled_rows(labels, weight.shape()[0]), scale,
+                              token_losses, chunk_rows);
+}
+
+Variable linear_cross_entropy(const Variable& hidden, const Variable& weight,
+                              const LabelledRows& labelled, double scale, Tensor* token_losses,
+                              int64_t chunk_rows) {
+  const char* op = "linear_cross_entropy";
+  check_activation(op, "hidden", hidden, 2);
   check_dense(op, "hidden", hidden);
   CHECK(weight.defined() && weight.value().rank() == 2, op, ": weight must be (V, H)");
   check_weight(op, "weight", weight, Shape{weight.shape()[0], hidden.shape()[1]}, hidden);
-  check_indices(op, "labels", labels, hidden.value());
-  CHECK(labels.size(0) == hidden.shape()[0], op, ": hidden is ", hidden.shape(), " but labels is ",
-        labels.shape());
+  check_indices(op, "rows", labelled.rows, hidden.value());
+  check_indices(op, "labels", labelled.labels, hidden.value());
+  CHECK(labelled.rows.size(0) == labelled.labels.size(0), op, ": ", labelled.rows.size(0),
+        " rows but ", labelled.labels.size(0), " labels");
   if (chunk_rows == 0)
     chunk_rows = hidden.value().device() == Device::CUDA ? kLossChunkRowsGpu : kLossChunkRows;
   CHECK(chunk_rows > 0, op, ": chunk_rows is ", chunk_rows, ", wanted at least 1");
@@ -124,10 +134,13 @@ Variable linear_cross_entropy(const Variable& hidden, const Variable& weight, co
     backend_of(hidden.value()).fill(loss.token_losses, 0);
     *token_losses = loss.token_losses;
   }
-  const LabelledRows rows = labelled_rows(labels, weight.shape()[0]);
-  for (int64_t begin = 0; begin < rows.count; begin += chunk_rows) {
-    const int64_t end = std::min(rows.count, begin + chunk_rows);
-    add_chunk(loss, rows.rows.slice_rows(begin, end), rows.labels.slice_rows(begin, end));
+  // On the GPU once for all chunks; elsewhere row numbers stay on the CPU.
+  const bool gpu = loss.hidden.device() == Device::CUDA;
+  const Tensor rows = gpu ? labelled.rows.to(Device::CUDA, Scope::Scratch) : labelled.rows;
+  const Tensor ids = gpu ? labelled.labels.to(Device::CUDA, Scope::Scratch) : labelled.labels;
+  for (int64_t begin = 0; begin < rows.size(0); begin += chunk_rows) {
+    const int64_t end = std::min(rows.size(0), begin + chunk_rows);
+    add_chunk(loss, rows.slice_rows(begin, end), ids.slice_rows(begin, end));
   }
   return record(op, loss.total.to(dtype), {hidden, weight},
                 [dhidden = loss.dhidden, dweight = loss.dweight](const Tensor& dy, const Needs&) {

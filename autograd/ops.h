@@ -72,4 +72,14 @@ constexpr int64_t kLossChunkRows = 256, kLossChunkRowsGpu = 2048;
 Variable linear_cross_entropy(const Variable& hidden, const Variable& weight, const Tensor& labels,
                               double scale, Tensor* token_losses = nullptr, int64_t chunk_rows = 0);
 
+// The same from the rows that have a label, in order: their numbers and their labels, (n) I32 both.
+// Whoever puts them on the GPU beforehand uploads nothing in the op.
+struct LabelledRows {
+  Tensor rows, labels;
+};
+LabelledRows labelled_rows(const Tensor& labels, int64_t vocabulary);  // labels (T) on the CPU
+Variable linear_cross_entropy(const Variable& hidden, const Variable& weight,
+                              const LabelledRows& labelled, double scale,
+                              Tensor* token_losses = nullptr, int64_t chunk_rows = 0);
+
 }  // namespace graft::ops

@@ -304,12 +304,14 @@ void bench_adamw(Bench& bench, const ModelConfig& config, const Sizes& s) {
   Tensor w = on_gpu({count}, DType::F32), m = on_gpu({count}, DType::F32);
   Tensor v = Tensor::zeros({count}, DType::F32, Device::CUDA);
   const Tensor g = on_gpu({count}, DType::F32);
+  const Tensor factor = Tensor::from_floats({}, {1}, DType::F64).to(Device::CUDA);
+  Tensor squares = factor.clone();
   Backend& backend = bench.backend();
   bench.measure("adamw", text("% parameters", {count}), 28 * double(count), 0, [&] {
-    backend.adamw(w, m, v, g, 1, {1e-4, 0.9, 0.999, 1e-8, 0.01, 1});
+    backend.adamw(w, m, v, g, factor, {1e-4, 0.9, 0.999, 1e-8, 0.01, 1});
   });
   bench.measure("sum_of_squares", text("% parameters", {count}), 4 * double(count), 0,
-                [&] { backend.sum_of_squares(g); });
+                [&] { backend.sum_of_squares(squares, g); });
 }
 
 void bench_model(Bench& bench, const Options& options, const std::string& name) {

@@ -164,16 +164,15 @@ Measured train(Decoder& model, const Arguments& arguments) {
   Measured measured;
   for (int64_t step = 1; step <= arguments.steps + 1; ++step) {
     const double start = now();
-    parameters.zero_grad();
+    parameters.begin_step();
     ForwardContext context;
     context.training = true;
     context.dropout.step = uint32_t(step);
     const Variable value = model.loss(batch, context, 1.0 / labels, arguments.checkpoint);
     backward(value);
-    parameters.step({1e-4, 0.9, 0.999, 1e-8, 0.01, step}, parameters.grad_norm(), 1.0);
-    // Reading a number of the last parameter waits for the whole step on a GPU.
-    parameters.values().slice_rows(0, 1).to(Device::CPU);
-    measured.loss = value.value().item();
+    parameters.add_loss(value.value());
+    parameters.step({1e-4, 0.9, 0.999, 1e-8, 0.01, step}, 1.0);
+    measured.loss = parameters.outcome().loss;  // waits for the whole step on a GPU
     measured.times.push_back(now() - start);
     if (step == 1) measured.start_to_first_step = since_process_start();
   }

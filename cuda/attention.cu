@@ -11,9 +11,7 @@
 // and dp = b.y in both. Owned queries: (q, dout) and (k, v). Owned keys: (k, v) and (q, dout).
 #include "cuda/attention.h"
 
-#include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "cuda/device_backend.h"
 #include "cuda/device_utils.cuh"
@@ -376,7 +374,7 @@ template <class T, bool kOwnsKeys>
 void backward(int rung, const AttentionBackward& b, cudaStream_t stream) {
   const AttentionSizes n = attention_sizes(b.q, b.k, b.scale);
   auto start = [&](auto kernel, int rows, int warps, size_t shared) {
-    const Tensor tiles = attention_tiles(b.cu, b.cu, rows, kOwnsKeys, stream);
+    const Tensor tiles = attention_tiles(b.cu, b.cu, rows, kOwnsKeys);
     const int64_t blocks = tiles.size(0) * (kOwnsKeys ? n.kv_heads : n.heads);
     launch(kernel, dim3(unsigned(blocks)), dim3(unsigned(warps * 32)), shared, stream,
            device_data<T>(kOwnsKeys ? b.dk : b.dq), device_data<T>(b.dv),
@@ -395,31 +393,6 @@ void backward(int rung, const AttentionBackward& b, cudaStream_t stream) {
 }
 
 }  // namespace
-
-Tensor attention_tiles(const Tensor& cu_q, const Tensor& cu_k, int rows, bool over_keys,
-                       cudaStream_t stream) {
-  const int32_t *q = cu_q.data<const int32_t>(), *k = cu_k.data<const int32_t>();
-  std::vector<std::pair<int64_t, AttentionTile>> tiles;  // with the work of one row of each
-  for (int64_t d = 0; d + 1 < cu_q.num_elements(); ++d) {
-    const int queries = q[d + 1] - q[d], keys = k[d + 1] - k[d];
-    for (int first = 0; first < (over_keys ? keys : queries); first += rows)
-      tiles.push_back({over_keys ? queries - std::max(0, first - (keys - queries))
-                                 : std::min(first + rows, queries) + keys - queries,
-                       {first, q[d], queries, k[d], keys}});
-  }
-  std::stable_sort(tiles.begin(), tiles.end(),
-                   [](const auto& a, const auto& b) { return a.first > b.first; });
-  std::vector<AttentionTile> sorted;
-  for (const auto& tile : tiles) sorted.push_back(tile.second);
-  static_assert(sizeof(AttentionTile) == 5 * sizeof(int32_t));
-  Tensor list =
-      Tensor::empty({int64_t(sorted.size()), 5}, DType::I32, Device::CUDA, Scope::Scratch);
-  // From pageable memory: when the call returns, `sorted` has been read.
-  if (!sorted.empty())
-    CUDA_CHECK(cudaMemcpyAsync(list.raw(), sorted.data(), sorted.size() * sizeof(AttentionTile),
-                               cudaMemcpyHostToDevice, stream));
-  return list;
-}
 
 void attention_delta(Tensor& delta, const Tensor& dout, const Tensor& out, cudaStream_t stream) {
   const int64_t tokens = out.size(0), heads = out.size(1);
@@ -444,7 +417,7 @@ void attention_forward_rung(int rung, const AttentionForward& f, cudaStream_t st
   const AttentionSizes n = attention_sizes(f.q, f.k, f.scale);
   dispatch_activation("attention", f.q.dtype(), [&]<class T>(T) {
     auto start = [&](auto kernel, int rows, int warps, size_t shared) {
-      const Tensor tiles = attention_tiles(f.cu_q, f.cu_k, rows, false, stream);
+      const Tensor tiles = attention_tiles(f.cu_q, f.cu_k, rows, false);
       launch(kernel, dim3(unsigned(tiles.size(0) * n.heads)), dim3(unsigned(warps * 32)), shared,
              stream, device_data<T>(f.out), device_data<float>(f.lse), device_data<const T>(f.q),
              device_data<const T>(f.k), device_data<const T>(f.v),

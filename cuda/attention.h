@@ -45,9 +45,9 @@ struct AttentionSizes {
 
 // On the device, (tiles, 5) I32: every document cut into tiles of `rows` queries (or keys, where
 // over_keys), the tiles with most work first. Tiles never cross documents, so packing costs the sum
-// of the squared lengths and not the square of their sum.
-Tensor attention_tiles(const Tensor& cu_q, const Tensor& cu_k, int rows, bool over_keys,
-                       cudaStream_t stream);
+// of the squared lengths and not the square of their sum. Made once for the life of cu_q and cu_k
+// (attention_tiles.cpp), whose contents must not change.
+Tensor attention_tiles(const Tensor& cu_q, const Tensor& cu_k, int rows, bool over_keys);
 
 // delta[h, t] = sum_c dout[t, h, c] * out[t, h, c].
 void attention_delta(Tensor& delta, const Tensor& dout, const Tensor& out, cudaStream_t stream);

@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(kThreads)
 template <int kDim>
 void forward(const AttentionForward& f, cudaStream_t stream) {
   const AttentionSizes n = attention_sizes(f.q, f.k, f.scale);
-  const Tensor tiles = attention_tiles(f.cu_q, f.cu_k, kOwned, false, stream);
+  const Tensor tiles = attention_tiles(f.cu_q, f.cu_k, kOwned, false);
   launch(attention_forward_3_kernel<kDim>, dim3(unsigned(tiles.size(0) * n.heads)), dim3(kThreads),
          kForwardBytes<kDim>, stream, device_data<bf16>(f.out), device_data<float>(f.lse),
          device_data<const bf16>(f.q), device_data<const bf16>(f.k), device_data<const bf16>(f.v),
@@ -337,7 +337,7 @@ void forward(const AttentionForward& f, cudaStream_t stream) {
 template <int kDim, bool kOwnsKeys>
 void backward(const AttentionBackward& b, cudaStream_t stream) {
   const AttentionSizes n = attention_sizes(b.q, b.k, b.scale);
-  const Tensor tiles = attention_tiles(b.cu, b.cu, kOwned, kOwnsKeys, stream);
+  const Tensor tiles = attention_tiles(b.cu, b.cu, kOwned, kOwnsKeys);
   launch(attention_backward_3_kernel<kDim, kOwnsKeys>,
          dim3(unsigned(tiles.size(0) * (kOwnsKeys ? n.kv_heads : n.heads))), dim3(kThreads),
          backward_bytes<kDim, kOwnsKeys>(), stream, device_data<bf16>(kOwnsKeys ? b.dk : b.dq),

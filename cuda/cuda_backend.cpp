@@ -24,6 +24,11 @@ class DeviceMemory : public RawMemory {
     return nullptr;
   }
   void system_free(void* pointer, size_t) override { cudaFree(pointer); }
+  std::string describe() const override {
+    size_t free = 0, total = 0;
+    if (cudaMemGetInfo(&free, &total) != cudaSuccess) return "the GPU";
+    return concat("the GPU, of ", total >> 20, " MiB with ", free >> 20, " MiB free,");
+  }
 
 #if defined(CUDA_EMU)
   // The memory checkers see the end of every tensor; EMU_CACHED=1 for tests of the cache itself.
@@ -83,6 +88,7 @@ RawMemory& cuda_memory() {
 
 CudaBackend::CudaBackend() {
   CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  staging_ = Staging(stream_);
   const CublasFunctions& cublas = *cublas_functions(nullptr);
   cublasStatus_t status = cublas.create(&cublas_);
   CHECK(status == CUBLAS_STATUS_SUCCESS, cublas_error("cublasCreate", status));

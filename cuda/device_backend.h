@@ -1,14 +1,20 @@
 // The class behind cuda_backend(): the methods of tensor/backend.h, each implemented in the .cu
 // file that has its kernels (the stem is that of cpu/reference/). Everything runs in order on one
-// stream; no method waits for the device, except those that return a number or copy to the host.
+// stream; no method waits for the device, except those that copy to the host.
 #pragma once
 
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 
+#include <memory>
+#include <vector>
+
+#include "cuda/staging.h"
 #include "tensor/backend.h"
 
 namespace graft {
+
+struct StepScalars;  // step_scalars.h
 
 class CudaBackend final : public Backend {
  public:
@@ -62,6 +68,9 @@ class CudaBackend final : public Backend {
                           const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                           const Tensor& cu_seqlens, double scale) override;
 
+  // attention_tiles.cpp; see attention.h
+  Tensor tile_list(const Tensor& cu_q, const Tensor& cu_k, int rows, bool over_keys);
+
   // swiglu.cu
   void swiglu_forward(Tensor& y, const Tensor& gate, const Tensor& up) override;
   void swiglu_backward(Tensor& dgate, Tensor& dup, const Tensor& dy, const Tensor& gate,
@@ -79,21 +88,43 @@ class CudaBackend final : public Backend {
                bool accumulate) override;
 
   // adamw.cu
-  double sum_of_squares(const Tensor& x) override;
-  void adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& gradient, double grad_scale,
-             const AdamWStep& step) override;
+  void sum_of_squares(Tensor& total, const Tensor& x) override;
+  void clip_factor(Tensor& outcome, double max_norm) override;
+  void adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& gradient,
+             const Tensor& grad_scale, const AdamWStep& step) override;
+
+  // captured_step.cpp
+  std::unique_ptr<CapturedStep> capture(const std::function<void()>& step) override;
+  // Copies to the device what the kernels started next will read; `from` may then be changed.
+  void upload(void* device, const void* from, size_t bytes);
 
  private:
   // A device copy of an I32 tensor that may lie on the CPU (token ids, cu_seqlens); a tensor that
   // is on the device already is returned as it is. elementwise.cu.
   Tensor on_device(const Tensor& indices);
 
+  // Where the kernels of a step that is being captured find its scalars; null at other times.
+  const StepScalars* captured_scalars() const;
+
   // c = beta c + alpha op(a) op(b), by one call of cuBLAS. gemm.cu.
   void add_product(Tensor& c, const GemmTerm& term, float beta);
 
+  struct TileList {
+    std::weak_ptr<Storage> cu_q, cu_k;  // the list goes some time after one of these
+    const void *place_q, *place_k;
+    int rows;
+    bool over_keys;
+    Tensor tiles;
+  };
+
   cudaStream_t stream_ = nullptr;
+  Staging staging_{nullptr};
+  cudaStream_t side_stream_ = nullptr;  // for uploads while stream_ is captured
+  bool capturing_ = false;
+  Tensor scalars_;  // one StepScalars, read by captured steps
   cublasHandle_t cublas_ = nullptr;
   Tensor workspace_;  // cuBLAS's
+  std::vector<TileList> tile_lists_;
 };
 
 }  // namespace graft

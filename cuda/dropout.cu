@@ -5,6 +5,7 @@
 #include "cuda/device_backend.h"
 #include "cuda/device_utils.cuh"
 #include "cuda/philox.cuh"
+#include "cuda/step_scalars.h"
 #include "tensor/random.h"
 
 namespace graft {
@@ -35,7 +36,8 @@ static_assert(twins_agree());
 template <class T, bool kVector, bool kAccumulate>
 __global__ void __launch_bounds__(256)
     dropout_kernel(T* y, int64_t y_stride, const T* x, int64_t x_stride, int64_t cols,
-                   unsigned blocks_per_row, uint64_t threshold, float scale, DropoutKey key) {
+                   unsigned blocks_per_row, uint64_t threshold, float scale, DropoutKey key,
+                   const StepScalars* captured) {
   constexpr int N = kVectorWidth<T>;
   const auto [t, col] = row_place<N>(blocks_per_row);
   if (col >= cols) return;
@@ -52,9 +54,10 @@ __global__ void __launch_bounds__(256)
       for (int i = 0; i < count; ++i) sum[i] = as_float(to[i]);
   }
   const uint64_t row = uint64_t(key.first_row + t);
+  const uint32_t step = captured ? captured->dropout_step : key.step;
   for (int group = 0; group < N; group += 4) {
     const PhiloxWords words =
-        philox_words({{uint32_t((col + group) / 4), uint32_t(row), key.module, key.step}},
+        philox_words({{uint32_t((col + group) / 4), uint32_t(row), key.module, step}},
                      uint32_t(key.seed), uint32_t(key.seed >> 32) ^ uint32_t(row >> 32));
     for (int i = 0; i < 4; ++i)
       if (words.word[i] >= threshold) sum[group + i] += in[group + i] * scale;
@@ -79,7 +82,7 @@ void CudaBackend::dropout(Tensor& y, const Tensor& x, double p, const DropoutKey
     const auto start = [&](auto kernel) {
       launch(kernel, dim3(grid.blocks), dim3(grid.threads), 0, stream_, device_data<T>(y),
              y.row_stride(), device_data<const T>(x), x.row_stride(), y.cols(), grid.blocks_per_row,
-             threshold, scale, key);
+             threshold, scale, key, captured_scalars());
     };
     if (vector_rows(kVectorWidth<T>, y, x))
       start(accumulate ? dropout_kernel<T, true, true> : dropout_kernel<T, true, false>);

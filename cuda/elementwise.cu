@@ -189,7 +189,13 @@ void CudaBackend::copy(Tensor& dst, const Tensor& src) {
         src.shape());
   if (dst.num_elements() == 0) return;
   const bool to_host = dst.device() == Device::CPU, from_host = src.device() == Device::CPU;
+  const bool dense = dst.is_contiguous() && src.is_contiguous();
+  const size_t bytes = size_t(dst.num_bytes());
   if (dst.dtype() == src.dtype()) {
+    if (from_host && dense && bytes <= Staging::kLargest)
+      return upload(dst.raw(), src.raw(), bytes);
+    if (to_host && dense && bytes <= Staging::kLargestDownload)
+      return staging_.download(dst.raw(), src.raw(), bytes);
     copy_rows(dst, src, stream_);
   } else if (to_host) {  // converted where it is fast, and before it takes the bus
     Tensor converted = Tensor::empty(dst.shape(), dst.dtype(), Device::CUDA, Scope::Scratch);

@@ -34,9 +34,11 @@ PackedBatch pack(const std::vector<std::vector<int32_t>>& rows,
     cu_seqlens.push_back(int32_t(ids.size()));
   }
   const int64_t tokens = int64_t(ids.size());
-  return {Tensor::from_ints({tokens}, ids), Tensor::from_ints({tokens}, positions),
+  return {Tensor::from_ints({tokens}, ids),
+          Tensor::from_ints({tokens}, positions),
           Tensor::from_ints({int64_t(cu_seqlens.size())}, cu_seqlens),
-          Tensor::from_ints({tokens}, targets)};
+          Tensor::from_ints({tokens}, targets),
+          {}};
 }
 
 Decoder::Decoder(const ModelConfig& config, DType compute_dtype, Device device)
@@ -175,12 +177,8 @@ Variable Decoder::layer_forward(const DecoderLayer& layer, const Variable& x,
 Variable Decoder::forward(const PackedBatch& batch, const ForwardContext& context,
                           bool gradient_checkpointing) {
   CHECK(batch.num_tokens() > 0, "decoder: the batch has no tokens");
-  int64_t positions = batch.num_tokens();
-  if (batch.positions.device() == Device::CPU) {
-    const int32_t* begin = batch.positions.data<int32_t>();
-    positions = 1 + *std::max_element(begin, begin + batch.num_tokens());
-  }
-  reserve_positions(positions);
+  const int32_t* cu = batch.cu_seqlens.data<int32_t>();
+  for (int64_t d = 0; d + 1 < batch.cu_seqlens.size(0); ++d) reserve_positions(cu[d + 1] - cu[d]);
   Variable x = embed(batch.input_ids);
   PackedBatch here = batch;  // once for all layers
   if (device_ == Device::CUDA) here.positions = batch.positions.to(device_);
@@ -198,6 +196,9 @@ Variable Decoder::loss(const PackedBatch& batch, const ForwardContext& context, 
                        bool gradient_checkpointing, Tensor* token_losses) {
   CHECK(!lm_head.lora, "decoder: an adapter on lm_head is not supported");
   const Variable hidden_states = forward(batch, context, gradient_checkpointing);
+  if (batch.labelled.rows.defined())
+    return ops::linear_cross_entropy(hidden_states, lm_head.weight, batch.labelled, scale,
+                                     token_losses);
   return ops::linear_cross_entropy(hidden_states, lm_head.weight, batch.labels, scale,
                                    token_losses);
 }

@@ -16,6 +16,8 @@ struct PackedBatch {
   Tensor cu_seqlens;  // (documents + 1) I32
   Tensor labels;      // (T) I32: the label of row t is the token that should follow it;
                       // ops::kIgnoreLabel for none
+  // The rows that have a label; where given, labels is not read. train/step_inputs.h.
+  ops::LabelledRows labelled;
   int64_t num_tokens() const { return input_ids.num_elements(); }
 };
 // rows[d]: the ids of document d; labels[d][t] given as Hugging Face does (same length, -100 for
@@ -54,7 +56,8 @@ class Decoder {
   Device device() const { return device_; }
 
   // Hidden states after the final norm, (T, H). With checkpointing each layer is recomputed in the
-  // backward. The batch lies on the CPU, wherever the model is.
+  // backward. Ids, positions and labelled rows lie on the CPU, or where the model is; cu_seqlens on
+  // the CPU.
   Variable forward(const PackedBatch& batch, const ForwardContext& context,
                    bool gradient_checkpointing = false);
   // scale * sum of the cross-entropy over labelled rows (see ops::linear_cross_entropy).
@@ -71,6 +74,10 @@ class Decoder {
   // lm_head.weight (the latter only where not tied; lm_head as a Linear is always visited, last, by
   // its module name "lm_head").
   void visit(const std::string& prefix, Visitor& visitor);
+
+  // Makes the table of rotations for rows of so many tokens, which otherwise grows when a longer
+  // row comes.
+  void reserve_positions(int64_t positions);
 
   Embedding embed_tokens;
   std::vector<DecoderLayer> layers;
@@ -91,7 +98,6 @@ class Decoder {
                          const ForwardContext& context) const;
   Variable embed(const Tensor& input_ids) const;
   void check_ids(const int32_t* ids, int64_t count) const;
-  void reserve_positions(int64_t positions);
   double attention_scale() const;
   ModelConfig config_;
   DType compute_dtype_;

@@ -1,8 +1,5 @@
 #include "nn/parameter_buffer.h"
 
-#include <algorithm>
-#include <cmath>
-
 namespace graft {
 namespace {
 constexpr int64_t kAlign = 16;  // elements: 64 bytes
@@ -27,6 +24,7 @@ ParameterBuffer::ParameterBuffer(std::vector<std::pair<std::string, Variable>> l
   gradients_ = Tensor::zeros({total}, DType::F32, device, Scope::Optimizer);
   m_ = Tensor::zeros({total}, DType::F32, device, Scope::Optimizer);
   v_ = Tensor::zeros({total}, DType::F32, device, Scope::Optimizer);
+  outcome_ = Tensor::zeros({3}, DType::F64, device, Scope::Optimizer);
   for (auto& entry : entries_) {
     const Tensor value = entry.variable.value();
     const int64_t end = entry.offset + value.num_elements();
@@ -40,15 +38,27 @@ ParameterBuffer::ParameterBuffer(std::vector<std::pair<std::string, Variable>> l
   }
 }
 
-void ParameterBuffer::zero_grad() { backend_of(gradients_).fill(gradients_, 0); }
-
-double ParameterBuffer::grad_norm() const {
-  return std::sqrt(backend_of(gradients_).sum_of_squares(gradients_));
+void ParameterBuffer::begin_step() {
+  backend_of(gradients_).fill(gradients_, 0);
+  backend_of(gradients_).fill(outcome_, 0);
 }
 
-void ParameterBuffer::step(const AdamWStep& adamw, double grad_norm, double max_grad_norm) {
-  // torch.nn.utils.clip_grad_norm_: the 1e-6 is theirs.
-  const double scale = max_grad_norm > 0 ? std::min(1.0, max_grad_norm / (grad_norm + 1e-6)) : 1.0;
+void ParameterBuffer::add_loss(const Tensor& loss) {
+  Tensor total = outcome_.slice_rows(0, 1);
+  backend_of(gradients_).add_sum(total, loss, 1);
+}
+
+ParameterBuffer::Outcome ParameterBuffer::outcome() const {
+  const std::vector<double> values = outcome_.to_doubles();
+  return {values[0], values[1]};
+}
+
+void ParameterBuffer::step(const AdamWStep& adamw, double max_grad_norm) {
+  Backend& backend = backend_of(gradients_);
+  Tensor squares = outcome_.slice_rows(1, 2);
+  backend.sum_of_squares(squares, gradients_);
+  backend.clip_factor(outcome_, max_grad_norm);
+  const Tensor factor = outcome_.slice_rows(2, 3);
   for (size_t first = 0, last; first < entries_.size(); first = last) {
     const bool decays = has_weight_decay(entries_[first].name);
     AdamWStep run = adamw;
@@ -61,7 +71,7 @@ void ParameterBuffer::step(const AdamWStep& adamw, double grad_norm, double max_
     const int64_t end = last < entries_.size() ? entries_[last].offset : num_elements();
     Tensor values = values_.slice_rows(begin, end), m = m_.slice_rows(begin, end),
            v = v_.slice_rows(begin, end);
-    backend_of(values).adamw(values, m, v, gradients_.slice_rows(begin, end), scale, run);
+    backend.adamw(values, m, v, gradients_.slice_rows(begin, end), factor, run);
   }
   publish();
 }

@@ -27,12 +27,20 @@ class ParameterBuffer {
 
   int64_t num_elements() const { return values_.num_elements(); }
   const std::vector<Entry>& entries() const { return entries_; }
-  void zero_grad();
-  double grad_norm() const;  // L2 over all gradients
-  // Clips to max_grad_norm (0: no clipping) with torch's clip_grad_norm_ rule, then AdamW.
-  // grad_norm is what grad_norm() gave. Weight decay spares parameters with "bias" or "norm" in
-  // their name, as the transformers Trainer does.
-  void step(const AdamWStep& adamw, double grad_norm, double max_grad_norm);
+
+  // A step: begin_step, then add_loss for every micro-batch, then step. None of them waits for the
+  // device; outcome() does.
+  void begin_step();                  // zeroes the gradients and the loss
+  void add_loss(const Tensor& loss);  // one element
+  // Clips to max_grad_norm (0: no clipping) with torch's clip_grad_norm_ rule, then AdamW; nothing
+  // changes where the loss or the norm is not finite. Weight decay spares parameters with "bias" or
+  // "norm" in their name, as the transformers Trainer does.
+  void step(const AdamWStep& adamw, double max_grad_norm);
+  struct Outcome {
+    double loss;       // the sum of what add_loss got
+    double grad_norm;  // L2 over all gradients, before clipping
+  };
+  Outcome outcome() const;
 
   // Flat F32 tensors, for checkpoints.
   Tensor& values() { return values_; }
@@ -44,6 +52,7 @@ class ParameterBuffer {
  private:
   std::vector<Entry> entries_;
   Tensor values_, gradients_, m_, v_;
+  Tensor outcome_;  // (3) F64: loss, gradient norm, factor (Backend::clip_factor)
 };
 
 }  // namespace graft

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <utility>
 
 #include "tensor/check.h"
 
@@ -77,43 +78,46 @@ std::string_view scope_name(Scope scope) {
 
 Allocator::~Allocator() { release_cached(); }
 
+// The smallest block that fits and wastes at most an eighth; a memory checker wants its own size.
+void* Allocator::take(Cache& cache, int64_t size, size_t bytes) {
+  for (auto found = cache.lower_bound(size);
+       found != cache.end() && found->first <= size + size / 8; ++found) {
+    void* pointer = found->second;
+    const size_t has = blocks_.at(pointer).bytes;
+    if (has < bytes || (memory_.exact() && has != bytes)) continue;
+    cache.erase(found);
+    return pointer;
+  }
+  return nullptr;
+}
+
+void* Allocator::ask_system(size_t bytes) {
+  if (void* pointer = memory_.system_allocate(bytes)) return pointer;
+  release(cached_);  // what is cached may be just what is missing
+  return memory_.system_allocate(bytes);
+}
+
 void* Allocator::allocate(int64_t bytes, Scope scope) {
   CHECK(bytes >= 0, "allocate: ", bytes, " bytes");
   const int64_t size = block_size(bytes);
+  const size_t mapped = memory_.exact() ? size_t(std::max<int64_t>(bytes, 1))
+                                        : size_t((size + kPage - 1) / kPage * kPage);
   std::unique_lock lock(mutex_);
-  // The smallest cached block that fits and wastes at most an eighth.
-  void* pointer = nullptr;
-  auto found = cached_.lower_bound(size);
-  const bool exact = memory_.exact();
-  if (!exact && found != cached_.end() && found->first <= size + size / 8) {
-    pointer = found->second;
-    cached_.erase(found);
-  } else {
-    const size_t mapped =
-        exact ? size_t(std::max<int64_t>(bytes, 1)) : size_t((size + kPage - 1) / kPage * kPage);
-    pointer = memory_.system_allocate(mapped);
-    if (!pointer) {  // what is cached may be just what is missing
-      for (auto& [block, p] : cached_) {
-        stats_.reserved -= block;
-        block_bytes_.erase(p);
-        memory_.system_free(p, size_t((block + kPage - 1) / kPage * kPage));
-      }
-      cached_.clear();
-      pointer = memory_.system_allocate(mapped);
-    }
+  void* pointer = take(pooled_ ? pool_ : cached_, size, mapped);
+  if (!pointer) {
+    pointer = ask_system(mapped);
     if (!pointer) {
       lock.unlock();
-      fail("out of memory: ", megabytes(size), " more for ", scope_name(scope), " on top of\n",
-           table(),
-           "lower per_device_train_batch_size or max_seq_length, or set gradient_checkpointing");
+      fail_out_of_memory(size, scope);
     }
-    block_bytes_[pointer] = size;
+    blocks_[pointer] = {size, mapped, pooled_};
     stats_.reserved += size;
     stats_.reserved_peak = std::max(stats_.reserved_peak, stats_.reserved);
     ++stats_.system_calls;
   }
   // Counted as asked for, not as found: totals must not depend on what happened to be cached.
   const int i = int(scope);
+  if (pooled_) pooled_live_ += size;
   stats_.live[i] += size;
   stats_.live_total += size;
   stats_.peak[i] = std::max(stats_.peak[i], stats_.live[i]);
@@ -123,28 +127,61 @@ void* Allocator::allocate(int64_t bytes, Scope scope) {
 
 void Allocator::free(void* pointer, int64_t bytes, Scope scope) {
   std::lock_guard lock(mutex_);
-  const auto found = block_bytes_.find(pointer);
-  CHECK(found != block_bytes_.end() && found->second >= bytes,
+  const auto found = blocks_.find(pointer);
+  CHECK(found != blocks_.end() && found->second.size >= bytes,
         "free: not a block of this allocator");
+  const Block block = found->second;
   stats_.live[int(scope)] -= block_size(bytes);
   stats_.live_total -= block_size(bytes);
-  if (memory_.exact()) {
-    stats_.reserved -= found->second;
-    memory_.system_free(pointer, size_t(std::max<int64_t>(bytes, 1)));
-    block_bytes_.erase(found);
+  if (block.pooled) {
+    pooled_live_ -= block_size(bytes);
+    pool_.emplace(block.size, pointer);
     return;
   }
-  cached_.emplace(found->second, pointer);
+  cached_.emplace(block.size, pointer);
+  if (memory_.exact()) release(cached_);
+}
+
+void Allocator::release(Cache& cache) {
+  for (auto& [size, pointer] : cache) {
+    stats_.reserved -= size;
+    memory_.system_free(pointer, blocks_.at(pointer).bytes);
+    blocks_.erase(pointer);
+  }
+  cache.clear();
 }
 
 void Allocator::release_cached() {
   std::lock_guard lock(mutex_);
-  for (auto& [block, pointer] : cached_) {
-    stats_.reserved -= block;
-    block_bytes_.erase(pointer);
-    memory_.system_free(pointer, size_t((block + kPage - 1) / kPage * kPage));
-  }
-  cached_.clear();
+  release(cached_);
+}
+
+bool Allocator::set_pooled(bool pooled) {
+  std::lock_guard lock(mutex_);
+  return std::exchange(pooled_, pooled);
+}
+
+int64_t Allocator::pooled_live() const {
+  std::lock_guard lock(mutex_);
+  return pooled_live_;
+}
+
+void Allocator::release_pool() {
+  std::lock_guard lock(mutex_);
+  for (auto& [pointer, block] : blocks_) block.pooled = false;
+  pooled_live_ = 0;
+  cached_.merge(pool_);
+  if (memory_.exact()) release(cached_);
+}
+
+void Allocator::fail_out_of_memory(int64_t size, Scope scope) {
+  const bool weights = scope == Scope::Weights;
+  throw OutOfMemory(concat(
+      "out of memory: ", megabytes(size), " more for ", scope_name(scope), "; ", memory_.describe(),
+      " holds\n", table(),
+      weights ? "the weights do not fit: take a smaller model, or dtype: bfloat16"
+              : "lower per_device_train_batch_size or max_seq_length, set gradient_checkpointing, "
+                "or take dtype: bfloat16"));
 }
 
 void Allocator::reset_peak() {

@@ -13,6 +13,7 @@
 #include <string>
 #include <unordered_map>
 
+#include "tensor/check.h"
 #include "tensor/device.h"
 
 namespace graft {
@@ -31,6 +32,12 @@ class RawMemory {
   // Whether every block is to be asked for by its exact size and given back at once, so that a
   // memory checker sees the end of each tensor. For tests.
   virtual bool exact() const { return false; }
+  virtual std::string describe() const { return "memory"; }  // for the out-of-memory message
+};
+
+// The device has no memory left: a first line, the table of totals, and what to change.
+struct OutOfMemory : Error {
+  using Error::Error;
 };
 
 struct MemoryStats {
@@ -50,22 +57,57 @@ class Allocator {
   Allocator(const Allocator&) = delete;
   Allocator& operator=(const Allocator&) = delete;
 
-  // At least `bytes` bytes, aligned to 64, contents unspecified. Throws Error with the table of
-  // totals and what to change when the device has no memory left.
+  // At least `bytes` bytes, aligned to 64, contents unspecified. Throws OutOfMemory.
   void* allocate(int64_t bytes, Scope scope);
   // Bytes must be what was asked for.
   void free(void* pointer, int64_t bytes, Scope scope);
-  void release_cached();  // give every cached block back to the system
+  void release_cached();  // give every cached block back to the system, but those of the pool
+
+  // While set, blocks come from a pool that nobody else gets blocks from; they go back to it
+  // whenever they are freed, and it gives none back to the system. So the addresses that a captured
+  // step has seen remain its own between its launches. Steps that run one after the other share
+  // one pool: what they leave there is of no use to anybody.
+  bool set_pooled(bool pooled);  // what it was
+  int64_t pooled_live() const;   // bytes of the pool handed out now
+  void release_pool();           // its blocks are cached as others are; no captured step is left
   void reset_peak();
   MemoryStats stats() const;
   std::string table() const;  // one line per scope, for people
 
  private:
+  struct Block {
+    int64_t size;  // as it is counted
+    size_t bytes;  // as the system gave it
+    bool pooled;
+  };
+  using Cache = std::multimap<int64_t, void*>;  // block size -> block
+
+  void* take(Cache& cache, int64_t size, size_t bytes);  // nullptr if none fits
+  void* ask_system(size_t bytes);
+  void release(Cache& cache);
+  [[noreturn]] void fail_out_of_memory(int64_t size, Scope scope);
+
   RawMemory& memory_;
   mutable std::mutex mutex_;
-  std::multimap<int64_t, void*> cached_;            // block size -> block
-  std::unordered_map<void*, int64_t> block_bytes_;  // of every block, live or cached
+  Cache cached_, pool_;
+  std::unordered_map<void*, Block> blocks_;  // every block, live or cached
+  bool pooled_ = false;
+  int64_t pooled_live_ = 0;
   MemoryStats stats_;
+};
+
+// While it lives, blocks come from the pool, or do not.
+class SetPooled {
+ public:
+  SetPooled(Allocator& allocator, bool pooled)
+      : allocator_(allocator), before_(allocator.set_pooled(pooled)) {}
+  ~SetPooled() { allocator_.set_pooled(before_); }
+  SetPooled(const SetPooled&) = delete;
+  SetPooled& operator=(const SetPooled&) = delete;
+
+ private:
+  Allocator& allocator_;
+  bool before_;
 };
 
 Allocator& allocator_of(Device device);  // one per device, for the life of the process

@@ -16,6 +16,10 @@ Backend*& cpu_in_use() {
 
 }  // namespace
 
+std::unique_ptr<CapturedStep> Backend::capture(const std::function<void()>&) {
+  fail("capture: this backend is ", describe(), "; only the GPU's has graphs");
+}
+
 Backend& reference_backend() {
   static ReferenceBackend backend;
   return backend;

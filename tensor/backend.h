@@ -12,6 +12,8 @@
 //   T tokens in the packed batch   H hidden   D head_dim   V vocabulary   N, K, M matrix sizes
 #pragma once
 
+#include <functional>
+#include <memory>
 #include <span>
 #include <string>
 
@@ -34,6 +36,16 @@ struct GemmTerm {
 struct AdamWStep {
   double learning_rate, beta1, beta2, epsilon, weight_decay;
   int64_t step;  // from 1: bias correction is 1 - beta^step
+};
+
+// The work of one optimizer step, on the addresses of its capture. Whoever holds it keeps what lies
+// there: the step's inputs and the blocks of the allocator's pool.
+class CapturedStep {
+ public:
+  virtual ~CapturedStep() = default;
+  // Starts it, with what changes although no shape does: every adamw in it goes by these numbers
+  // (without weight decay if it was captured so), and every dropout by their step.
+  virtual void launch(const AdamWStep& adamw) = 0;
 };
 
 class Backend {
@@ -141,12 +153,22 @@ class Backend {
   virtual void dropout(Tensor& y, const Tensor& x, double p, const DropoutKey& key,
                        bool accumulate) = 0;
 
-  // sum of squares of x (F32), in F64, in a fixed order.
-  virtual double sum_of_squares(const Tensor& x) = 0;
+  // total, one F64 = sum of squares of x (F32), added in a fixed order.
+  virtual void sum_of_squares(Tensor& total, const Tensor& x) = 0;
+  // What a step came to, on its device, for nobody to wait for: outcome (3) F64 goes from {loss,
+  // sum of squares of the gradient, -} to {loss, norm, factor}. The factor is that of torch's
+  // clip_grad_norm_, min(1, max_norm / (norm + 1e-6)), or 1 where max_norm is 0; and NaN where the
+  // loss or the norm is not finite.
+  virtual void clip_factor(Tensor& outcome, double max_norm) = 0;
   // AdamW (Loshchilov & Hutter 2019; the arithmetic of torch.optim.AdamW) over flat F32 buffers.
-  // The gradient is multiplied by grad_scale first (clipping). `parameter`, m, v are updated.
+  // The gradient is multiplied by grad_scale (one F64) first; where that is NaN nothing is done.
+  // `parameter`, m, v are updated.
   virtual void adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& gradient,
-                     double grad_scale, const AdamWStep& step) = 0;
+                     const Tensor& grad_scale, const AdamWStep& step) = 0;
+
+  // Runs `step`, whose kernels are not started but kept, to be started many times at once. The
+  // GPU alone can do that; it must have run the same step before.
+  virtual std::unique_ptr<CapturedStep> capture(const std::function<void()>& step);
 };
 
 // The backend of a tensor: CPU F64 runs on the reference backend, Meta on the one that does

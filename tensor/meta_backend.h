@@ -40,8 +40,9 @@ class MetaBackend final : public Backend {
   void gather_rows(Tensor&, const Tensor&, const Tensor&) override {}
   void scatter_add_rows(Tensor&, const Tensor&, const Tensor&) override {}
   void dropout(Tensor&, const Tensor&, double, const DropoutKey&, bool) override {}
-  double sum_of_squares(const Tensor&) override { return 0; }
-  void adamw(Tensor&, Tensor&, Tensor&, const Tensor&, double, const AdamWStep&) override {}
+  void sum_of_squares(Tensor&, const Tensor&) override {}
+  void clip_factor(Tensor&, double) override {}
+  void adamw(Tensor&, Tensor&, Tensor&, const Tensor&, const Tensor&, const AdamWStep&) override {}
 };
 
 }  // namespace graft

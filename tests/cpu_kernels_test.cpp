@@ -340,7 +340,8 @@ TEST(CpuKernels, AdamWFollowsTheReferenceForTenSteps) {
     Tensor v = Tensor::zeros({40001}, DType::F32);
     for (int step = 1; step <= 10; ++step) {
       const Tensor g = random_tensor(random, {40001}, DType::F32, 0.01);
-      backend.adamw(p, m, v, g, 0.5, {1e-3, 0.9, 0.999, 1e-8, 0.1, step});
+      backend.adamw(p, m, v, g, Tensor::from_floats({}, {0.5}, DType::F64),
+                    {1e-3, 0.9, 0.999, 1e-8, 0.1, step});
     }
     return Tensors{p, m, v};
   });
@@ -349,9 +350,12 @@ TEST(CpuKernels, AdamWFollowsTheReferenceForTenSteps) {
 TEST(CpuKernels, SumOfSquaresIsExactToDoublePrecision) {
   Random random(5);
   const Tensor x = random_tensor(random, {70001}, DType::F32);
-  const double expected = reference_backend().sum_of_squares(x);
-  for (const CpuKernels* table : runnable_tables())
-    EXPECT_NEAR(CpuBackend(*table).sum_of_squares(x), expected, 1e-11 * expected) << table->name;
+  Tensor expected = Tensor::zeros({}, DType::F64), total = expected.clone();
+  reference_backend().sum_of_squares(expected, x);
+  for (const CpuKernels* table : runnable_tables()) {
+    CpuBackend(*table).sum_of_squares(total, x);
+    EXPECT_NEAR(total.item(), expected.item(), 1e-11 * expected.item()) << table->name;
+  }
 }
 
 // Attention at one shape; lengths of documents, queries of each being its last ones.
@@ -485,9 +489,9 @@ TEST(CpuKernels, ThreadsDoNotChangeABitOfReductions) {
     for (int i = 0; i < 517; ++i) ids.push_back(int32_t(random.below(9)));
     backend.embedding_backward(table, Tensor::from_ints({517}, ids), dy);
     const Tensor flat = random_tensor(random, {300007}, DType::F32);
-    const double squares = backend.sum_of_squares(flat);
-    return Tensors{
-        y, rstd, dx, dweight, bias, table, Tensor::from_floats({1}, {squares}, DType::F64)};
+    Tensor squares = Tensor::zeros({}, DType::F64);
+    backend.sum_of_squares(squares, flat);
+    return Tensors{y, rstd, dx, dweight, bias, table, squares};
   });
 }
 

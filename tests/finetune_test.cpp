@@ -71,6 +71,13 @@ TEST_F(Finetune, TheLossFallsAndTheOutputIsAnAdapter) {
   EXPECT_EQ(result.trainable_line.substr(0, 18), "trainable params: ");
 }
 
+TEST_F(Finetune, RefusesGraphsOnTheCpu) {
+  TrainOptions o = options("out");
+  o.device = TrainOptions::DeviceChoice::Cpu;
+  o.cuda_graph = true;
+  EXPECT_EQ(error(o), "cuda_graph: the device is cpu, which has no graphs; leave cuda_graph out");
+}
+
 TEST_F(Finetune, EvaluatesBeforeTheFirstAndAfterTheLastStepAndInBetween) {
   TrainOptions o = options("out");
   write_data("eval.jsonl", 5);

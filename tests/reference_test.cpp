@@ -150,7 +150,8 @@ TEST(Reference, AdamWAgreesWithTorch) {
     const std::vector<std::vector<double>> gradients{
         {0.3, -0.2, 1.5, 0.01}, {-0.6, 0.4, 1.0, 0.02}, {0.1, 0.0, -2.0, 0.03}};
     for (int64_t step = 1; step <= 3; ++step)
-      backend->adamw(w, m, v, f32(gradients[size_t(step - 1)]), 0.5,
+      backend->adamw(w, m, v, f32(gradients[size_t(step - 1)]),
+                     Tensor::from_floats({}, {0.5}, DType::F64),
                      {.learning_rate = 0.1,
                       .beta1 = 0.9,
                       .beta2 = 0.99,

@@ -100,6 +100,34 @@ TEST(Allocator, CountsByScope) {
   EXPECT_NE(allocator.table().find("adapters"), std::string::npos);
 }
 
+TEST(Allocator, KeepsBlocksOfThePoolFromOthers) {
+  Allocator& allocator = allocator_of(Device::CPU);
+  const auto place = [](int64_t bytes) { return Tensor::empty({bytes}, DType::U8).raw(); };
+  constexpr int64_t kBytes = 5 << 20;
+  allocator.release_cached();
+  const void* pooled = nullptr;
+  {
+    const SetPooled on(allocator, true);
+    const Tensor live = Tensor::empty({kBytes}, DType::U8);
+    pooled = live.raw();
+    EXPECT_EQ(allocator.pooled_live(), 5 << 20);
+  }
+  EXPECT_EQ(allocator.pooled_live(), 0);
+  EXPECT_NE(place(kBytes), pooled);
+  const int64_t reserved = allocator.stats().reserved;
+  allocator.release_cached();
+  EXPECT_EQ(allocator.stats().reserved, reserved - (5 << 20));  // not the pool's
+  {
+    const SetPooled on(allocator, true);
+    EXPECT_EQ(place(kBytes), pooled);
+    const SetPooled off(allocator, false);
+    EXPECT_NE(place(kBytes), pooled);
+  }
+  allocator.release_cached();
+  allocator.release_pool();
+  EXPECT_EQ(place(kBytes), pooled);
+}
+
 TEST(Allocator, ListsTheTotalsWhenMemoryIsOut) {
   try {
     Tensor::empty({int64_t(1) << 46}, DType::F32);

@@ -13,6 +13,7 @@
 #include "train/device_choice.h"
 #include "train/report.h"
 #include "train/run_setup.h"
+#include "train/step_graphs.h"
 
 namespace graft {
 namespace {
@@ -21,22 +22,6 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-PackedBatch make_batch(const Dataset& dataset, const std::vector<int64_t>& rows) {
-  std::vector<std::vector<int32_t>> ids, labels;
-  for (int64_t row : rows) {
-    ids.push_back(dataset.rows[size_t(row)].ids);
-    labels.push_back(dataset.rows[size_t(row)].labels);
-  }
-  return pack(ids, labels);
-}
-
-int64_t count_labels(const Dataset& dataset, const std::vector<std::vector<int64_t>>& batches) {
-  int64_t labels = 0;
-  for (const auto& rows : batches)
-    for (int64_t row : rows) labels += dataset.rows[size_t(row)].num_label_tokens();
-  return labels;
 }
 
 struct StepOutcome {
@@ -52,11 +37,14 @@ class Run {
   TrainResult train();
 
  private:
+  StepOutcome train_step_or_take_back(int64_t step);
   StepOutcome train_step(int64_t step);
+  void compute_step(const StepInputs& inputs, const AdamWStep& adamw);
   bool eval_due(int64_t step) const;
   void evaluate(int64_t step);
   void log_step(int64_t step, const StepOutcome& outcome);
   void begin_output();
+  void take_back_output();
   void save();
   bool interrupted() const { return control_.interrupt && *control_.interrupt; }
 
@@ -68,6 +56,7 @@ class Run {
   ParameterBuffer parameters_;
   DataLoader loader_;
   Schedule schedule_;
+  std::unique_ptr<StepGraphs> graphs_;  // null without cuda_graph
   std::unique_ptr<Report> report_;
   TrainerState state_;
   TrainResult result_;
@@ -90,6 +79,9 @@ Run::Run(TrainOptions& options, const TrainData& data, const RunControl& control
                            .accumulation_steps = options.gradient_accumulation_steps,
                            .shuffle = options.shuffle,
                            .seed = options.seed}) {
+  // Now, and not in the midst of a step.
+  model_->reserve_positions(std::max(data.train.longest_row(), data.eval.longest_row()));
+  if (options.cuda_graph) graphs_ = std::make_unique<StepGraphs>();
   schedule_.type = options.lr_scheduler_type;
   schedule_.learning_rate = options.learning_rate;
   schedule_.min_lr_ratio = options.min_lr_ratio;
@@ -115,7 +107,7 @@ TrainResult Run::train() {
   bool stopped = interrupted();
   for (int64_t step = first_step_; step <= schedule_.total_steps && !stopped; ++step) {
     const auto start = Clock::now();
-    const StepOutcome outcome = train_step(step);
+    const StepOutcome outcome = train_step_or_take_back(step);
     const double seconds = seconds_since(start);
 
     train_seconds_ += seconds;
@@ -141,49 +133,67 @@ TrainResult Run::train() {
     report_->line(concat("interrupted after step ", state_.step, "; go on with resume: true"));
   } else {
     report_->line("interrupted before the first step; nothing was saved");
-    // So that the same command can be given again.
-    for (const char* name : {"metrics.jsonl", "train_config.yaml"})
-      std::filesystem::remove(options_.output_dir + "/" + name);
+    take_back_output();
   }
   return result_;
 }
 
-// One optimizer step: forward and backward of every micro-batch, weighted by token over all of
-// them, then clipping and AdamW.
-StepOutcome Run::train_step(int64_t step) {
-  const auto& micro_batches = loader_.step(step);
-  StepOutcome outcome;
-  outcome.num_label_tokens = count_labels(data_.train, micro_batches);
+// So that the same command can be given again.
+void Run::take_back_output() {
+  for (const char* name : {"metrics.jsonl", "train_config.yaml"})
+    std::filesystem::remove(options_.output_dir + "/" + name);
+}
 
+// What ends the first step of a run, such as too little memory, leaves nothing behind.
+StepOutcome Run::train_step_or_take_back(int64_t step) {
+  try {
+    return train_step(step);
+  } catch (...) {
+    if (state_.step == 0) take_back_output();
+    throw;
+  }
+}
+
+// One optimizer step. The one place of it where we wait for the device is outcome().
+StepOutcome Run::train_step(int64_t step) {
+  const StepInputs inputs =
+      step_inputs(data_.train, loader_.step(step), model_->config().vocab_size);
+  const AdamWStep adamw{.learning_rate = schedule_.at(step),
+                        .beta1 = options_.adam_beta1,
+                        .beta2 = options_.adam_beta2,
+                        .epsilon = options_.adam_epsilon,
+                        .weight_decay = options_.weight_decay,
+                        .step = step};
+  if (graphs_)
+    graphs_->run(inputs, adamw, [&](const StepInputs& here) { compute_step(here, adamw); });
+  else
+    compute_step(to_device(inputs, model_->device()), adamw);
+
+  const auto [loss, grad_norm] = parameters_.outcome();
+  CHECK(std::isfinite(loss) && std::isfinite(grad_norm), "training: step ", step, " gave loss ",
+        loss, " and gradient norm ", grad_norm, " at learning rate ", adamw.learning_rate,
+        "; checkpoints are as they were; try a lower learning_rate or more warm-up");
+  result_.losses.push_back(loss);
+  result_.grad_norms.push_back(grad_norm);
+  return {loss, grad_norm, inputs.num_tokens, inputs.num_label_tokens};
+}
+
+// Forward and backward of every micro-batch, weighted by token over all of them, then clipping and
+// AdamW, which does nothing where loss or gradient are not finite.
+void Run::compute_step(const StepInputs& inputs, const AdamWStep& adamw) {
   ForwardContext context;
   context.training = true;
   context.dropout.seed = options_.seed;
-  context.dropout.step = uint32_t(step);
-  parameters_.zero_grad();
-  for (const auto& rows : micro_batches) {
-    const PackedBatch batch = make_batch(data_.train, rows);
-    context.dropout.first_row = outcome.num_tokens;
-    const Variable loss = model_->loss(batch, context, 1.0 / double(outcome.num_label_tokens),
+  context.dropout.step = uint32_t(adamw.step);
+  parameters_.begin_step();
+  for (const PackedBatch& batch : inputs.batches) {
+    const Variable loss = model_->loss(batch, context, 1.0 / double(inputs.num_label_tokens),
                                        options_.gradient_checkpointing);
-    outcome.loss += loss.value().item();
+    parameters_.add_loss(loss.value());
     backward(loss);
-    outcome.num_tokens += batch.num_tokens();
+    context.dropout.first_row += batch.num_tokens();
   }
-  outcome.grad_norm = parameters_.grad_norm();
-  const double learning_rate = schedule_.at(step);
-  CHECK(std::isfinite(outcome.loss) && std::isfinite(outcome.grad_norm), "training: step ", step,
-        " gave loss ", outcome.loss, " and gradient norm ", outcome.grad_norm, " at learning rate ",
-        learning_rate, "; checkpoints are as they were; try a lower learning_rate or more warm-up");
-  parameters_.step({.learning_rate = learning_rate,
-                    .beta1 = options_.adam_beta1,
-                    .beta2 = options_.adam_beta2,
-                    .epsilon = options_.adam_epsilon,
-                    .weight_decay = options_.weight_decay,
-                    .step = step},
-                   outcome.grad_norm, options_.max_grad_norm);
-  result_.losses.push_back(outcome.loss);
-  result_.grad_norms.push_back(outcome.grad_norm);
-  return outcome;
+  parameters_.step(adamw, options_.max_grad_norm);
 }
 
 // Before the first and after the last step, and every eval_steps.
@@ -197,14 +207,17 @@ void Run::evaluate(int64_t step) {
   const int64_t rows = int64_t(data_.eval.rows.size());
   if (rows == 0) return;
   const NoRecord no_record;
+  const SetPooled pooled(allocator_of(model_->device()), graphs_ != nullptr);  // no second copy
   double sum = 0;
   for (int64_t begin = 0; begin < rows; begin += options_.per_device_train_batch_size) {
     if (interrupted()) return;
     std::vector<int64_t> batch_rows;
     for (int64_t i = begin; i < std::min(begin + options_.per_device_train_batch_size, rows); ++i)
       batch_rows.push_back(i);
+    const StepInputs inputs = to_device(
+        step_inputs(data_.eval, {batch_rows}, model_->config().vocab_size), model_->device());
     Tensor token_losses;
-    model_->loss(make_batch(data_.eval, batch_rows), ForwardContext{}, 1.0, false, &token_losses);
+    model_->loss(inputs.batches[0], ForwardContext{}, 1.0, false, &token_losses);
     for (double loss : token_losses.to_doubles()) sum += loss;
   }
   const double eval_loss = sum / double(data_.eval.num_label_tokens());
@@ -298,6 +311,8 @@ TrainResult run(TrainOptions options, TrainData data, const RunControl& control,
   const Device device =
       choose_device(options.device, [&](const std::string& text) { console.line(text); });
   if (device == Device::CUDA) console.line("device: " + backend_of(device).describe());
+  CHECK(!options.cuda_graph || device == Device::CUDA,
+        "cuda_graph: the device is cpu, which has no graphs; leave cuda_graph out");
   return Run(options, data, control, model_dir, device).train();
 }
 

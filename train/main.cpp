@@ -7,7 +7,7 @@
 #include <new>
 #include <string>
 
-#include "tensor/check.h"
+#include "tensor/allocator.h"
 #include "train/commands.h"
 #include "train/options.h"
 
@@ -70,6 +70,10 @@ int run_and_report(int argc, char** argv) {
     return complain(error.what(), 2);
   } catch (const cxxopts::exceptions::exception& error) {
     return complain(error.what(), 2);
+  } catch (const OutOfMemory& error) {  // a table, and what to change
+    std::fflush(stdout);
+    std::fprintf(stderr, "graft: error: %s\n", error.what());
+    return 1;
   } catch (const std::bad_alloc&) {
     return complain("out of memory; take a smaller model, batch or max_seq_length", 1);
   } catch (const std::exception& error) {

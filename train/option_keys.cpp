@@ -457,6 +457,9 @@ std::vector<Row> engine_rows() {
            {"cuda", O::DeviceChoice::Cuda}},
           "where to run; auto: a GPU that can be used")
           .keeps_result(),
+      boolean(g, "cuda_graph", at(&O::cuda_graph),
+              "GPU: capture steps as graphs; pays where rows of few lengths make short steps")
+          .keeps_result(),
   };
 }
 

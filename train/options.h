@@ -51,6 +51,7 @@ struct TrainOptions {
   std::optional<DType> dtype;  // unset: that of the file
   int64_t threads = 0;         // 0: all that the machine gives
   DeviceChoice device = DeviceChoice::Auto;
+  bool cuda_graph = false;
   uint64_t seed = 42;
   bool shuffle = true;
 

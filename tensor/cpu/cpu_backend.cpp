@@ -378,7 +378,7 @@ void CpuBackend::dropout(Tensor& y, const Tensor& x, double p, const DropoutKey&
   });
 }
 
-double CpuBackend::sum_of_squares(const Tensor& x) {
+void CpuBackend::sum_of_squares(Tensor& total, const Tensor& x) {
   CHECK(x.dtype() == DType::F32 && x.is_contiguous(), "sum_of_squares: wanted dense F32");
   const int64_t n = x.num_elements(), chunks = pieces_of(n, kSumChunk);
   constexpr int64_t kChunks = 16;  // of one piece
@@ -388,20 +388,25 @@ double CpuBackend::sum_of_squares(const Tensor& x) {
       sums.data<double>()[c] = kernels_.sum_of_squares(x.data<float>() + c * kSumChunk,
                                                        std::min(kSumChunk, n - c * kSumChunk));
   });
-  double total = 0;
-  for (int64_t c = 0; c < chunks; ++c) total += sums.data<double>()[c];
-  return total;
+  double sum = 0;
+  for (int64_t c = 0; c < chunks; ++c) sum += sums.data<double>()[c];
+  total.data<double>()[0] = sum;
+}
+
+void CpuBackend::clip_factor(Tensor& outcome, double max_norm) {
+  reference_backend().clip_factor(outcome, max_norm);
 }
 
 void CpuBackend::adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& gradient,
-                       double grad_scale, const AdamWStep& step) {
+                       const Tensor& grad_scale, const AdamWStep& step) {
+  if (std::isnan(grad_scale.item())) return;
   const double correction1 = 1 - std::pow(step.beta1, double(step.step));
   const double correction2 = 1 - std::pow(step.beta2, double(step.step));
   const AdamWFactors factors{
-      float(grad_scale),     float(1 - step.learning_rate * step.weight_decay),
-      float(step.beta2),     float(1 - step.beta1),
-      float(1 - step.beta2), float(std::sqrt(correction2)),
-      float(step.epsilon),   float(step.learning_rate / correction1)};
+      float(grad_scale.item()), float(1 - step.learning_rate * step.weight_decay),
+      float(step.beta2),        float(1 - step.beta1),
+      float(1 - step.beta2),    float(std::sqrt(correction2)),
+      float(step.epsilon),      float(step.learning_rate / correction1)};
   for_each_run(
       parameter.num_elements(),
       [&](int64_t n, char* w, char* first, char* second, const char* g) {

@@ -58,9 +58,10 @@ class CpuBackend : public Backend {
   void scatter_add_rows(Tensor& dst, const Tensor& src, const Tensor& indices) override;
   void dropout(Tensor& y, const Tensor& x, double p, const DropoutKey& key,
                bool accumulate) override;
-  double sum_of_squares(const Tensor& x) override;
-  void adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& gradient, double grad_scale,
-             const AdamWStep& step) override;
+  void sum_of_squares(Tensor& total, const Tensor& x) override;
+  void clip_factor(Tensor& outcome, double max_norm) override;
+  void adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& gradient,
+             const Tensor& grad_scale, const AdamWStep& step) override;
 
  private:
   Tensor weight_as_f32(const Tensor& weight);

@@ -225,7 +225,7 @@ TEST_F(Attention, NoDocumentsAndEmptyDocumentsLaunchNothing) {
 
 TEST_F(Attention, TilesStayInTheirDocumentsHeaviestFirst) {
   const Tensor cu = cumulative({3, 0, 130});
-  const Tensor tiles = attention_tiles(cu, cu, 64, false, stream()).to(Device::CPU);
+  const Tensor tiles = attention_tiles(cu, cu, 64, false).to(Device::CPU);
   const std::vector<int32_t> expected = {128, 3, 130, 3, 130, 64, 3, 130, 3, 130,
                                          0,   3, 130, 3, 130, 0,  0, 3,   0, 3};
   ASSERT_EQ(tiles.num_elements(), int64_t(expected.size()));

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <string>
 #include <vector>
@@ -21,6 +22,8 @@ namespace {
 
 constexpr int64_t kRows[] = {0, 1, 3, 37};
 constexpr int64_t kCols[] = {1, 6, 51, 64, 520};
+
+Tensor scalar(double value) { return Tensor::from_floats({}, {value}, DType::F64); }
 
 class SmallKernels : public testing::Test {
  protected:
@@ -412,7 +415,7 @@ TEST_F(SmallKernels, AdamWTakesTheReferencesSteps) {
         Tensor v = Tensor::zeros({n}, DType::F32, device);
         for (int64_t step : {1, 2, 3}) {
           const Tensor gradient = flat().slice_rows(offset, n + offset);
-          backend.adamw(w, m, v, gradient, 0.7,
+          backend.adamw(w, m, v, gradient, scalar(0.7).to(device),
                         {.learning_rate = 1e-2,
                          .beta1 = 0.9,
                          .beta2 = 0.999,
@@ -432,10 +435,50 @@ TEST_F(SmallKernels, SumOfSquaresIsF64AndHasOneOrder) {
   for (int64_t n : {0, 1, 6, 51, 64, 520, 4097, 20000}) {
     Inputs in(Device::CUDA, DType::F32, 0);
     const Tensor x = in.dense({n}, DType::F32);
-    const double expected = reference_backend().sum_of_squares(x.to(Device::CPU));
-    const double actual = cuda_backend().sum_of_squares(x);
-    EXPECT_NEAR(actual, expected, 1e-13 * expected) << n;
-    EXPECT_EQ(cuda_backend().sum_of_squares(x), actual) << n;
+    Tensor expected = scalar(0), actual = scalar(1).to(Device::CUDA), again = actual.clone();
+    reference_backend().sum_of_squares(expected, x.to(Device::CPU));
+    cuda_backend().sum_of_squares(actual, x);
+    EXPECT_NEAR(actual.item(), expected.item(), 1e-13 * expected.item()) << n;
+    cuda_backend().sum_of_squares(again, x);
+    EXPECT_EQ(again.item(), actual.item()) << n;
+  }
+}
+
+// {loss, sum of squares, most} and what torch.nn.utils.clip_grad_norm_ multiplies by.
+TEST_F(SmallKernels, ClippingFollowsTorchAndRefusesWhatIsNotFinite) {
+  const double inf = INFINITY, nan = NAN;
+  const struct {
+    double loss, squares, most, norm, factor;
+  } cases[] = {{1, 4, 1, 2, 1 / (2 + 1e-6)},
+               {1, 0.25, 1, 0.5, 1},
+               {1, 4, 0, 2, 1},
+               {1, 0, 1, 0, 1},
+               {nan, 4, 1, 2, nan},
+               {inf, 4, 0, 2, nan},
+               {1, inf, 1, inf, nan},
+               {1, nan, 0, nan, nan}};
+  for (const auto& c : cases)
+    for (Device device : {Device::CPU, Device::CUDA}) {
+      Tensor outcome = Tensor::from_floats({3}, {c.loss, c.squares, 7}, DType::F64).to(device);
+      backend_of(outcome).clip_factor(outcome, c.most);
+      const std::vector<double> got = outcome.to_doubles(), wanted{c.loss, c.norm, c.factor};
+      for (size_t i = 0; i < 3; ++i)
+        EXPECT_TRUE(got[i] == wanted[i] || (std::isnan(got[i]) && std::isnan(wanted[i])))
+            << got[i] << ", wanted " << wanted[i];
+    }
+}
+
+TEST_F(SmallKernels, AdamWDoesNothingWhereTheFactorIsNotANumber) {
+  for (Device device : {Device::CPU, Device::CUDA}) {
+    Inputs in(device, DType::F32, 0);
+    Tensor w = in.dense({70}, DType::F32), m = in.dense({70}, DType::F32);
+    Tensor v = Tensor::zeros({70}, DType::F32, device);
+    const Tensor before[] = {w.clone(), m.clone(), v.clone()};
+    backend_of(w).adamw(w, m, v, in.dense({70}, DType::F32), scalar(NAN).to(device),
+                        {1e-2, 0.9, 0.999, 1e-8, 0.1, 1});
+    const Tensor after[] = {w, m, v};
+    for (int i = 0; i < 3; ++i)
+      expect_same_bytes(after[i].to(Device::CPU), before[i].to(Device::CPU), "state");
   }
 }
 

@@ -73,9 +73,10 @@ class ReferenceBackend final : public Backend {
                bool accumulate) override;
 
   // adamw.cpp
-  double sum_of_squares(const Tensor& x) override;
-  void adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& gradient, double grad_scale,
-             const AdamWStep& step) override;
+  void sum_of_squares(Tensor& total, const Tensor& x) override;
+  void clip_factor(Tensor& outcome, double max_norm) override;
+  void adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& gradient,
+             const Tensor& grad_scale, const AdamWStep& step) override;
 };
 
 }  // namespace graft

@@ -1,0 +1,69 @@
+#include "train/step_graphs.h"
+
+#include <algorithm>
+
+namespace graft {
+namespace {
+
+constexpr size_t kMostGraphs = 8;   // a graph of a step is thousands of nodes: some MB
+constexpr size_t kMostSeen = 4096;  // signatures remembered
+
+Allocator& gpu_memory() { return allocator_of(Device::CUDA); }
+
+}  // namespace
+
+StepGraphs::StepGraphs() { gpu_memory().release_cached(); }
+
+StepGraphs::~StepGraphs() { forget(); }
+
+void StepGraphs::forget() {
+  graphs_.clear();
+  gpu_memory().release_pool();
+}
+
+void StepGraphs::run(const StepInputs& inputs, const AdamWStep& adamw, const Work& work) {
+  try {
+    return run_now(inputs, adamw, work);
+  } catch (const OutOfMemory&) {
+    // Blocks of other sizes lie in the pool, which graphs keep from being given back.
+    forget();
+  }
+  run_plainly(inputs, work);
+}
+
+void StepGraphs::run_now(const StepInputs& inputs, const AdamWStep& adamw, const Work& work) {
+  std::vector<int32_t> key = signature(inputs);
+  auto known = std::find_if(graphs_.begin(), graphs_.end(),
+                            [&](const Graph& graph) { return graph.signature == key; });
+  if (known == graphs_.end()) {
+    if (seen_.size() >= kMostSeen) seen_.clear();
+    if (seen_.insert(key).second) return run_plainly(inputs, work);
+    capture(inputs, std::move(key), work);
+    ++counts_.captured;
+  } else {
+    backend_of(Device::CUDA).copy(known->inputs.memory, inputs.memory);
+    graphs_.splice(graphs_.begin(), graphs_, known);
+    ++counts_.replayed;
+  }
+  graphs_.front().step->launch(adamw);
+}
+
+void StepGraphs::run_plainly(const StepInputs& inputs, const Work& work) {
+  const StepInputs here = to_device(inputs, Device::CUDA);
+  const SetPooled pooled(gpu_memory(), true);
+  work(here);
+  ++counts_.plain;
+}
+
+void StepGraphs::capture(const StepInputs& inputs, std::vector<int32_t> signature,
+                         const Work& work) {
+  if (graphs_.size() == kMostGraphs) graphs_.pop_back();
+  Graph graph{std::move(signature), to_device(inputs, Device::CUDA), nullptr};
+  const SetPooled pooled(gpu_memory(), true);
+  graph.step = backend_of(Device::CUDA).capture([&] { work(graph.inputs); });
+  const int64_t left = gpu_memory().pooled_live();
+  CHECK(left == 0, "cuda_graph: ", left, " bytes that were made in a step outlive it");
+  graphs_.push_front(std::move(graph));
+}
+
+}  // namespace graft

@@ -1,0 +1,55 @@
+// Optimizer steps as CUDA graphs. A step whose signature (step_inputs.h) was met before is
+// captured, and from then on started by one call, with new inputs. What a graph points to stays in
+// its place: the inputs in a copy of their own for each graph, everything that lives within the
+// step in one pool of blocks that all graphs share (tensor/allocator.h).
+#pragma once
+
+#include <functional>
+#include <list>
+#include <memory>
+#include <set>
+
+#include "tensor/backend.h"
+#include "train/step_inputs.h"
+
+namespace graft {
+
+class StepGraphs {
+ public:
+  // The whole of a step, from zeroing the gradients to AdamW: it reads the inputs given, and
+  // leaves no tensor behind.
+  using Work = std::function<void(const StepInputs&)>;
+
+  StepGraphs();
+  ~StepGraphs();
+  StepGraphs(const StepGraphs&) = delete;
+  StepGraphs& operator=(const StepGraphs&) = delete;
+
+  // Does `work` with the inputs (on the CPU) copied to the GPU. adamw: the numbers that change from
+  // step to step; work must use the same, and dropout's step must be adamw.step. The first time of
+  // a signature is not captured: most signatures of ragged rows come once, and what a library does
+  // at its first call it must not do in a capture.
+  void run(const StepInputs& inputs, const AdamWStep& adamw, const Work& work);
+
+  struct Counts {
+    int64_t plain = 0, captured = 0, replayed = 0;  // steps; the captured ones were not replays
+  };
+  const Counts& counts() const { return counts_; }
+
+ private:
+  struct Graph {
+    std::vector<int32_t> signature;
+    StepInputs inputs;  // on the GPU; the graph reads them there
+    std::unique_ptr<CapturedStep> step;
+  };
+  void run_now(const StepInputs& inputs, const AdamWStep& adamw, const Work& work);
+  void run_plainly(const StepInputs& inputs, const Work& work);
+  void capture(const StepInputs& inputs, std::vector<int32_t> signature, const Work& work);
+  void forget();
+
+  std::list<Graph> graphs_;  // the last used first
+  std::set<std::vector<int32_t>> seen_;
+  Counts counts_;
+};
+
+}  // namespace graft
