@@ -34,6 +34,7 @@ struct Layout {
 struct Preference {
   uint64_t max_workspace;
   int32_t search_mode;
+  uint32_t alignment[4];  // of a, b, c, d
 };
 // In an algorithm: what it was made for, which is all that cuBLASLt promises to run with it.
 struct Algo {
@@ -41,6 +42,7 @@ struct Algo {
   uint64_t key;
   uint64_t workspace;
   bool halves;
+  uint32_t alignment[4];
 };
 constexpr uint64_t kMagic = 0x6f676c4174666172;
 constexpr struct {
@@ -208,7 +210,7 @@ cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t opaque,
 }
 
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* preference) {
-  return create(preference, Preference{0, 0});
+  return create(preference, Preference{0, 0, {256, 256, 256, 256}});
 }
 cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
   return destroy(preference);
@@ -221,6 +223,9 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
     return assign(inside<Preference>(preference).max_workspace, value, bytes);
   if (attribute == CUBLASLT_MATMUL_PREF_SEARCH_MODE)
     return assign(inside<Preference>(preference).search_mode, value, bytes);
+  const int operand = int(attribute) - int(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES);
+  if (operand >= 0 && operand < 4)
+    return assign(inside<Preference>(preference).alignment[operand], value, bytes);
   return CUBLAS_STATUS_INVALID_VALUE;
 }
 
@@ -242,7 +247,9 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
     if (algo.workspace > inside<Preference>(preference).max_workspace) continue;
     cublasLtMatmulHeuristicResult_t& result = results[(*found)++];
     result = {};
-    inside<Algo>(&result.algo) = {kMagic, key_of(desc, p), algo.workspace, algo.halves};
+    Algo& made = inside<Algo>(&result.algo);
+    made = {kMagic, key_of(desc, p), algo.workspace, algo.halves, {}};
+    std::copy_n(inside<Preference>(preference).alignment, 4, made.alignment);
     result.workspaceSize = algo.workspace;
     result.wavesCount = 1;
   }
@@ -272,6 +279,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
   if (algo) {
     const Algo& chosen = inside<const Algo>(algo);
     if (chosen.magic != kMagic || chosen.key != key_of(desc, p)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    const void* operands[] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i)
+      if (reinterpret_cast<uintptr_t>(operands[i]) % chosen.alignment[i])
+        return CUBLAS_STATUS_NOT_SUPPORTED;
     p.halves = chosen.halves;
     needed = chosen.workspace;
   }

@@ -61,7 +61,11 @@ enum cublasLtMatmulDescAttributes_t {
 };
 enum cublasLtMatmulPreferenceAttributes_t {
   CUBLASLT_MATMUL_PREF_SEARCH_MODE = 0,
-  CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1  // 8
+  CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,  // 8
+  CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5,
+  CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6,
+  CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES = 7,
+  CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES = 8
 };
 
 extern "C" {
@@ -90,7 +94,8 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
                                                     const void* value, size_t bytes);
 
 // Up to four algorithms. They differ in the workspace that they overwrite, and one sums k in two
-// halves, so that its last bits differ.
+// halves, so that its last bits differ. None runs on operands that are less aligned than the
+// preference said.
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc,
                                               cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                               cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
