@@ -19,18 +19,52 @@ bool open_cublas(CublasFunctions& functions, std::string&) {
   return true;
 }
 
+bool open_cublas_lt(CublasLtFunctions& f, const std::string&) {
+  f = {cublasLtCreate,
+       cublasLtGetVersion,
+       cublasLtMatmulDescCreate,
+       cublasLtMatmulDescDestroy,
+       cublasLtMatmulDescSetAttribute,
+       cublasLtMatrixLayoutCreate,
+       cublasLtMatrixLayoutDestroy,
+       cublasLtMatmulPreferenceCreate,
+       cublasLtMatmulPreferenceDestroy,
+       cublasLtMatmulPreferenceSetAttribute,
+       cublasLtMatmulAlgoGetHeuristic,
+       cublasLtMatmul};
+  return true;
+}
+
 #else
+
+template <class Function>
+bool find(Function& function, void* library, const char* symbol) {
+  function = reinterpret_cast<Function>(dlsym(library, symbol));
+  return function != nullptr;
+}
 
 // The names that cublas_v2.h gives are macros of some of these symbols.
 bool bind(CublasFunctions& functions, void* library) {
-  const auto find = [&](auto& function, const char* symbol) {
-    function = reinterpret_cast<std::decay_t<decltype(function)> >(dlsym(library, symbol));
-    return function != nullptr;
-  };
-  return find(functions.create, "cublasCreate_v2") && find(functions.destroy, "cublasDestroy_v2") &&
-         find(functions.set_stream, "cublasSetStream_v2") &&
-         find(functions.set_workspace, "cublasSetWorkspace_v2") &&
-         find(functions.gemm_ex, "cublasGemmEx");
+  return find(functions.create, library, "cublasCreate_v2") &&
+         find(functions.destroy, library, "cublasDestroy_v2") &&
+         find(functions.set_stream, library, "cublasSetStream_v2") &&
+         find(functions.set_workspace, library, "cublasSetWorkspace_v2") &&
+         find(functions.gemm_ex, library, "cublasGemmEx");
+}
+
+bool bind(CublasLtFunctions& f, void* library) {
+  return find(f.create, library, "cublasLtCreate") &&
+         find(f.version, library, "cublasLtGetVersion") &&
+         find(f.create_desc, library, "cublasLtMatmulDescCreate") &&
+         find(f.destroy_desc, library, "cublasLtMatmulDescDestroy") &&
+         find(f.set_desc, library, "cublasLtMatmulDescSetAttribute") &&
+         find(f.create_layout, library, "cublasLtMatrixLayoutCreate") &&
+         find(f.destroy_layout, library, "cublasLtMatrixLayoutDestroy") &&
+         find(f.create_preference, library, "cublasLtMatmulPreferenceCreate") &&
+         find(f.destroy_preference, library, "cublasLtMatmulPreferenceDestroy") &&
+         find(f.set_preference, library, "cublasLtMatmulPreferenceSetAttribute") &&
+         find(f.find_algorithms, library, "cublasLtMatmulAlgoGetHeuristic") &&
+         find(f.matmul, library, "cublasLtMatmul");
 }
 
 void add_matches(std::vector<std::string>& files, const std::string& pattern) {
@@ -91,6 +125,18 @@ bool open_cublas(CublasFunctions& functions, std::string& reason) {
   return false;
 }
 
+// cuBLAS has loaded it by now, so that this finds the same one: libcublas.so.13 ->
+// libcublasLt.so.13.
+bool open_cublas_lt(CublasLtFunctions& functions, const std::string& cublas_path) {
+  std::string path = cublas_path;
+  const std::string stem = "libcublas.";
+  const size_t at = path.rfind(stem);
+  if (at == std::string::npos) return false;
+  path.replace(at, stem.size(), "libcublasLt.");
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  return library && bind(functions, library);
+}
+
 #endif
 
 }  // namespace
@@ -102,6 +148,15 @@ const CublasFunctions* cublas_functions(std::string* reason) {
     return open_cublas(functions, failure) ? &functions : nullptr;
   }();
   if (!opened && reason) *reason = failure;
+  return opened;
+}
+
+const CublasLtFunctions* cublas_lt_functions() {
+  static const CublasLtFunctions* opened = []() -> const CublasLtFunctions* {
+    static CublasLtFunctions functions;
+    const CublasFunctions* cublas = cublas_functions(nullptr);
+    return cublas && open_cublas_lt(functions, cublas->path) ? &functions : nullptr;
+  }();
   return opened;
 }
 

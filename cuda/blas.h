@@ -2,6 +2,7 @@
 // The emulated build has the same functions over a CPU BLAS.
 #pragma once
 
+#include <cublasLt.h>
 #include <cublas_v2.h>
 
 #include <string>
@@ -21,10 +22,29 @@ struct CublasFunctions {
   std::string path;  // of the library
 };
 
+// The same of cublasLt, which lies beside cuBLAS: products with C apart from D, a bias, and a
+// choice among algorithms (cuda/gemm_plan.h).
+struct CublasLtFunctions {
+  decltype(&cublasLtCreate) create = nullptr;
+  decltype(&cublasLtGetVersion) version = nullptr;
+  decltype(&cublasLtMatmulDescCreate) create_desc = nullptr;
+  decltype(&cublasLtMatmulDescDestroy) destroy_desc = nullptr;
+  decltype(&cublasLtMatmulDescSetAttribute) set_desc = nullptr;
+  decltype(&cublasLtMatrixLayoutCreate) create_layout = nullptr;
+  decltype(&cublasLtMatrixLayoutDestroy) destroy_layout = nullptr;
+  decltype(&cublasLtMatmulPreferenceCreate) create_preference = nullptr;
+  decltype(&cublasLtMatmulPreferenceDestroy) destroy_preference = nullptr;
+  decltype(&cublasLtMatmulPreferenceSetAttribute) set_preference = nullptr;
+  decltype(&cublasLtMatmulAlgoGetHeuristic) find_algorithms = nullptr;
+  decltype(&cublasLtMatmul) matmul = nullptr;
+};
+
 // The library, opened on the first call: GRAFT_CUBLAS where it is set (a file), else that of the
 // toolkit, of the loader's path, or of PyTorch's packages. Null where there is none; then `reason`
 // says where it was looked for (may be null).
 const CublasFunctions* cublas_functions(std::string* reason);
+// Null where cublasLt is not beside the cuBLAS that was opened: products then go by cublasGemmEx.
+const CublasLtFunctions* cublas_lt_functions();
 
 // One line for people: "cublasGemmEx: not supported (15)".
 std::string cublas_error(const char* call, cublasStatus_t status);

@@ -100,16 +100,25 @@ CudaBackend::CudaBackend() {
   workspace_ = Tensor::empty({kWorkspaceBytes}, DType::U8, Device::CUDA, Scope::Scratch);
   status = cublas.set_workspace(cublas_, workspace_.raw(), size_t(kWorkspaceBytes));
   CHECK(status == CUBLAS_STATUS_SUCCESS, cublas_error("cublasSetWorkspace", status));
+  plans_ = std::make_unique<GemmPlans>(cublas_lt_functions(), stream_, workspace_);
 }
 
 CudaBackend::~CudaBackend() = default;  // the process ends with it
+
+void cuda_use_gemm_plan(const std::string& path, bool tune,
+                        const std::function<void(const std::string&)>& say) {
+  cudaDeviceProp device{};
+  CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+  static_cast<CudaBackend&>(cuda_backend()).plans().use_file(path, device.name, tune, say);
+}
 
 std::string CudaBackend::describe() const {
   cudaDeviceProp device{};
   CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
   return concat(device.name, ", ", device.totalGlobalMem >> 20, " MiB, ",
                 device.multiProcessorCount, " multiprocessors, compute capability ", device.major,
-                ".", device.minor, "; cuBLAS from ", cublas_functions(nullptr)->path);
+                ".", device.minor, "; cuBLAS from ", cublas_functions(nullptr)->path,
+                cublas_lt_functions() ? "" : ", without cublasLt");
 }
 
 }  // namespace graft

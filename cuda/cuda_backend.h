@@ -2,6 +2,7 @@
 // (no_cuda.cpp), so that nothing else asks how graft was built.
 #pragma once
 
+#include <functional>
 #include <string>
 
 #include "tensor/allocator.h"
@@ -18,5 +19,12 @@ RawMemory& cuda_memory();
 // Fills y (dense, F32 or BF16, on the GPU) with deviation * N(0, 1): what random_model draws on the
 // CPU for its parameter `number`, without a copy on the host. random_fill.cu.
 void cuda_fill_normal(Tensor& y, uint64_t seed, uint32_t number, double deviation);
+
+// Which algorithms products take from here on: those in the file at `path`, where it is there and
+// was made on this GPU with this cublasLt; with `tune`, shapes that it lacks are timed and added to
+// it. An empty path: the library's own first choice, which the shape alone decides. `say` gets a
+// line where a file was left out.
+void cuda_use_gemm_plan(const std::string& path, bool tune,
+                        const std::function<void(const std::string&)>& say);
 
 }  // namespace graft

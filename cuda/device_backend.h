@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "cuda/gemm_plan.h"
 #include "cuda/staging.h"
 #include "tensor/backend.h"
 
@@ -22,6 +23,7 @@ class CudaBackend final : public Backend {
   ~CudaBackend() override;
   std::string describe() const override;
   cudaStream_t stream() const { return stream_; }
+  GemmPlans& plans() { return *plans_; }
 
   // elementwise.cu
   void fill(Tensor& dst, double value) override;
@@ -106,8 +108,10 @@ class CudaBackend final : public Backend {
   // Where the kernels of a step that is being captured find its scalars; null at other times.
   const StepScalars* captured_scalars() const;
 
-  // c = beta c + alpha op(a) op(b), by one call of cuBLAS. gemm.cu.
-  void add_product(Tensor& c, const GemmTerm& term, float beta);
+  // One product of a gemm; addend and bias as there. gemm.cu.
+  void add_product(Tensor& c, const GemmTerm& term, const Tensor& addend, const Tensor& bias);
+  // c = beta c + alpha op(a) op(b) by cublasGemmEx, a and b of one dtype.
+  void add_product_in_place(Tensor& c, const GemmTerm& term, float beta);
 
   struct TileList {
     std::weak_ptr<Storage> cu_q, cu_k;  // the list goes some time after one of these
@@ -123,7 +127,8 @@ class CudaBackend final : public Backend {
   bool capturing_ = false;
   Tensor scalars_;  // one StepScalars, read by captured steps
   cublasHandle_t cublas_ = nullptr;
-  Tensor workspace_;  // cuBLAS's
+  Tensor workspace_;  // cuBLAS's and cublasLt's: all products run on one stream
+  std::unique_ptr<GemmPlans> plans_;
   std::vector<TileList> tile_lists_;
 };
 

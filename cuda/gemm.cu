@@ -1,4 +1,6 @@
-// Products of matrices by cuBLAS. The ladder of products by hand is beside it (gemm_by_hand.cu).
+// Products of matrices by cuBLAS: by cublasLt (gemm_plan.h) where it has an algorithm, which adds
+// c, an addend apart from c and a bias in one pass; else by cublasGemmEx and passes of our own. The
+// ladder of products by hand is beside it (gemm_by_hand.cu).
 #include "cuda/blas.h"
 #include "cuda/device_backend.h"
 #include "cuda/device_utils.cuh"
@@ -53,12 +55,8 @@ void fill_with_bias(Tensor& c, const Tensor& addend, const Tensor& bias, cudaStr
 }  // namespace
 
 // Row-major c = op(a) op(b) is column-major c^T = op(b)^T op(a)^T, with every matrix as it lies.
-void CudaBackend::add_product(Tensor& c, const GemmTerm& term, float beta) {
-  // Tensor cores want operands of one type. b is a weight, or small beside a.
-  const Tensor& a = term.a;
-  const Tensor b = term.b.to(a.dtype(), Scope::Scratch);
-  CHECK(c.dtype() == a.dtype() || c.dtype() == DType::F32, "gemm: ", dtype_name(a.dtype()),
-        " operands into ", dtype_name(c.dtype()), ", wanted that dtype or F32");
+void CudaBackend::add_product_in_place(Tensor& c, const GemmTerm& term, float beta) {
+  const Tensor &a = term.a, &b = term.b;
   const int64_t m = c.num_rows(), n = c.cols(), k = term.transpose_a ? a.num_rows() : a.cols();
   const float alpha = float(term.alpha);
   const cublasStatus_t status = cublas_functions(nullptr)->gemm_ex(
@@ -68,24 +66,46 @@ void CudaBackend::add_product(Tensor& c, const GemmTerm& term, float beta) {
       leading_dimension(a), &beta, c.raw(), data_type(c.dtype()), leading_dimension(c),
       CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
   CHECK(status == CUBLAS_STATUS_SUCCESS, cublas_error("cublasGemmEx", status), " for c ", c.shape(),
-        " ", dtype_name(c.dtype()), " from a ", a.shape(), " and b ", term.b.shape(), " ",
+        " ", dtype_name(c.dtype()), " from a ", a.shape(), " and b ", b.shape(), " ",
         dtype_name(a.dtype()));
+}
+
+void CudaBackend::add_product(Tensor& c, const GemmTerm& term, const Tensor& addend,
+                              const Tensor& bias) {
+  GemmTerm product = term;
+  // Tensor cores want operands of one type. b is a weight, or small beside a.
+  product.b = term.b.to(term.a.dtype(), Scope::Scratch);
+  data_type(term.a.dtype());  // throws for what cannot be multiplied here
+  CHECK(c.dtype() == term.a.dtype() || c.dtype() == DType::F32,
+        "gemm: ", dtype_name(term.a.dtype()), " operands into ", dtype_name(c.dtype()),
+        ", wanted that dtype or F32");
+  if (plans_->multiply(c, product, addend, bias)) return;
+  if (bias.defined())
+    fill_with_bias(c, addend, bias, stream_);
+  else if (addend.defined() && addend.raw() != c.raw())
+    copy(c, addend);
+  add_product_in_place(c, product, bias.defined() || addend.defined() ? 1.0f : 0.0f);
 }
 
 void CudaBackend::gemm(Tensor& c, std::span<const GemmTerm> terms, const Tensor& addend,
                        const Tensor& bias) {
   if (c.num_elements() == 0) return;
-  bool holds = addend.defined();  // whether c has what the next product is added to
-  if (bias.defined())
-    fill_with_bias(c, addend, bias, stream_), holds = true;
-  else if (addend.defined() && addend.raw() != c.raw())
-    copy(c, addend);
+  Tensor before = addend, still_to_add = bias;  // to the next product
+  bool written = false;
   for (const GemmTerm& term : terms) {
-    const bool empty = term.a.num_elements() == 0;  // K is 0: a sum of nothing
-    if (!empty) add_product(c, term, holds ? 1.0f : 0.0f);
-    holds = holds || !empty;
+    if (term.a.num_elements() == 0) continue;  // K is 0: a sum of nothing
+    add_product(c, term, before, still_to_add);
+    before = c;
+    still_to_add = Tensor();
+    written = true;
   }
-  if (!holds) fill(c, 0);
+  if (written) return;
+  if (bias.defined())
+    fill_with_bias(c, addend, bias, stream_);
+  else if (!addend.defined())
+    fill(c, 0);
+  else if (addend.raw() != c.raw())
+    copy(c, addend);
 }
 
 }  // namespace graft

@@ -11,5 +11,8 @@ bool cuda_available(std::string* reason) {
 Backend& cuda_backend() { fail("cuda: this build has no CUDA; run on the CPU (device: cpu)"); }
 RawMemory& cuda_memory() { fail("cuda: this build has no CUDA; run on the CPU (device: cpu)"); }
 void cuda_fill_normal(Tensor&, uint64_t, uint32_t, double) { cuda_backend(); }
+void cuda_use_gemm_plan(const std::string&, bool, const std::function<void(const std::string&)>&) {
+  cuda_backend();
+}
 
 }  // namespace graft
