@@ -6,6 +6,8 @@
 // fit.
 #pragma once
 
+#include <vector>
+
 #include "autograd/variable.h"
 #include "tensor/random.h"
 
@@ -38,9 +40,34 @@ struct LoraArguments {
 Variable lora_linear(const Variable& x, const Variable& weight, const Variable& bias,
                      const LoraArguments& lora);
 
+// Frozen linear layers that share their input, each with an adapter or none, as one product. In the
+// columns of layer i, y is what lora_linear gives for it; dropout has a mask for each layer.
+//   bordered  undefined; or (N + R, K + R) of x's dtype, R = border_columns(): [W | B] above [A |
+//   0],
+//             B being scaling B_i on the diagonal, A all A_i in order, what is left over zero.
+//             Then, with S = x A^T in spare columns of x and dS = dy B in spare columns of dy,
+//               y = [x | S] [W | B]^T + b      dx = [dy | dS] [W; A]      (no dropout)
+//             are one product each. x with spare columns may go to one such group only. Whoever
+//             changes A or B brings `bordered` up to date (nn/linear_group.h).
+struct LoraGroup {
+  struct Layer {
+    int64_t out_features = 0;
+    LoraArguments lora;  // a, b undefined: no adapter
+  };
+  Tensor weight;  // (N, K): the rows of all layers, one layer after another
+  Tensor bias;    // (N) or undefined
+  Tensor bordered;
+  bool wide_output = false;  // bordered: y gets R spare columns, for a consumer that gives dy so
+  std::vector<Layer> layers;
+};
+// The ranks of all adapters, up to a multiple of 8: what spare columns x should have.
+int64_t border_columns(const LoraGroup& group);
+Variable lora_linear_group(const Variable& x, const LoraGroup& group);
+
 // y = x rstd weight, rstd = 1 / sqrt(mean x^2 + eps) over the last dimension.
 //   dx = rstd (w dy - x rstd^2 mean(x w dy)), dw = sum dy x rstd. x (..., H), weight (H).
-Variable rms_norm(const Variable& x, const Variable& weight, double eps);
+// spare_cols: of y (Tensor::with_spare_cols); x is a matrix then.
+Variable rms_norm(const Variable& x, const Variable& weight, double eps, int64_t spare_cols = 0);
 
 // Rotates every head by the token's position (backend.h). x (T, heads, D), positions (T), cos_sin
 // (P, D).
@@ -59,6 +86,19 @@ Variable attention(const Variable& q, const Variable& k, const Variable& v,
 
 // y = silu(gate) up; all (T, I).
 Variable swiglu(const Variable& gate, const Variable& up);
+// The same on the halves of gate_up (T, 2 I); y gets spare columns.
+Variable swiglu_merged(const Variable& gate_up, int64_t spare_cols = 0);
+
+// Attention on the columns of qkv (T, (heads + 2 kv_heads) D): q and k normed by head where there
+// is a norm, and turned. y (T, heads D). Norms are frozen.
+struct MergedHeads {
+  int64_t heads = 0, kv_heads = 0, head_dim = 0;
+  Variable q_norm, k_norm;  // (D) or undefined
+  double eps = 0;
+  Tensor positions, cos_sin, cu_seqlens;
+  double scale = 1;
+};
+Variable attention_merged(const Variable& qkv, const MergedHeads& heads);
 
 // scale * sum over labelled rows of the cross-entropy of softmax(hidden W^T) against labels.
 //   hidden (T, H), weight (V, H), labels (T) I32 with kIgnoreLabel where nothing is predicted.

@@ -5,12 +5,16 @@
 
 namespace graft::ops {
 
-Variable rms_norm(const Variable& x, const Variable& weight, double eps) {
+Variable rms_norm(const Variable& x, const Variable& weight, double eps, int64_t spare_cols) {
   check_activation("rms_norm", "x", x, 0);
   CHECK(weight.defined() && x.value().rank() > 0, "rms_norm: x must have a last dimension");
   check_weight("rms_norm", "weight", weight, Shape{x.value().cols()}, x);
   const Tensor& in = x.value();
-  Tensor y = empty_like(in);
+  CHECK(spare_cols == 0 || in.rank() == 2, "rms_norm: x is ", in.shape(),
+        ", wanted a matrix where y gets spare columns");
+  Tensor y = spare_cols == 0 ? empty_like(in)
+                             : Tensor::with_spare_cols(in.size(0), in.size(1), spare_cols,
+                                                       in.dtype(), in.device());
   Tensor rstd = Tensor::empty({in.num_rows()}, wide(in.dtype()), in.device());
   backend_of(in).rms_norm_forward(y, rstd, in, weight.value(), eps);
   return record("rms_norm", std::move(y), {x, weight},

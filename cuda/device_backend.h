@@ -35,6 +35,9 @@ class CudaBackend final : public Backend {
   void add_sum(Tensor& total, const Tensor& x, double alpha) override;
   void sum_rows(Tensor& db, const Tensor& dy, bool accumulate) override;
 
+  // copy_scaled.cu
+  void copy_scaled(std::span<const ScaledCopy> copies) override;
+
   // gemm.cu (over blas.h)
   void gemm(Tensor& c, std::span<const GemmTerm> terms, const Tensor& addend,
             const Tensor& bias) override;

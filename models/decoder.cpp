@@ -167,6 +167,7 @@ Variable Decoder::finish_layer(const DecoderLayer& layer, const Variable& x,
 
 Variable Decoder::layer_forward(const DecoderLayer& layer, const Variable& x,
                                 const PackedBatch& batch, const ForwardContext& context) const {
+  if (layer.merged) return merged_layer_forward(layer, x, batch, context);
   const Variable attended = [&] {
     const Heads in = heads(layer, x, batch.positions, context);
     return ops::attention(in.q, in.k, in.v, batch.cu_seqlens, attention_scale());

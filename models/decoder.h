@@ -1,11 +1,13 @@
 // A Llama-shaped decoder: Llama, Qwen2 and Qwen3 differ by flags of ModelConfig.
 #pragma once
 
+#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "models/config.h"
-#include "nn/linear.h"
+#include "nn/linear_group.h"
 
 namespace graft {
 
@@ -32,10 +34,16 @@ struct Attention {
 struct Mlp {
   Linear gate_proj, up_proj, down_proj;
 };
+// The linear layers of a layer as groups, which share weights and adapters with them. o and down
+// are groups in the bordered layout alone, and only with an adapter.
+struct MergedLayer {
+  std::optional<LinearGroup> qkv, o, gate_up, down;
+};
 struct DecoderLayer {
   RmsNorm input_layernorm, post_attention_layernorm;
   Attention self_attn;
   Mlp mlp;
+  std::unique_ptr<MergedLayer> merged;  // null: the layers are taken one by one
 };
 
 // Keys and values of the past, for generation: per layer (capacity, kv_heads, D), dense rows.
@@ -64,6 +72,12 @@ class Decoder {
   Variable loss(const PackedBatch& batch, const ForwardContext& context, double scale,
                 bool gradient_checkpointing = false, Tensor* token_losses = nullptr);
   Tensor logits(const Tensor& hidden_states);  // (T, H) -> (T, V) F32; for few rows
+
+  // Lays the products of every layer out anew for forward and loss, once, after adapters are
+  // attached; the base must be frozen. Returns what was done: Bordered becomes Merged where an
+  // adapter has dropout, for the mask applies to the low-rank product alone.
+  LoraLayout set_lora_layout(LoraLayout layout);
+  void refresh_borders();  // after adapters have changed; nothing where there are no borders
 
   // Runs new tokens (one document) behind what is in the cache, appends to it; hidden states (T,
   // H).
@@ -96,6 +110,8 @@ class Decoder {
                         const ForwardContext& context) const;
   Variable layer_forward(const DecoderLayer& layer, const Variable& x, const PackedBatch& batch,
                          const ForwardContext& context) const;
+  Variable merged_layer_forward(const DecoderLayer& layer, const Variable& x,
+                                const PackedBatch& batch, const ForwardContext& context) const;
   Variable embed(const Tensor& input_ids) const;
   void check_ids(const int32_t* ids, int64_t count) const;
   double attention_scale() const;

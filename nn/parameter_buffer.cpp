@@ -84,6 +84,7 @@ void ParameterBuffer::publish() {
     backend_of(values_).copy(working,
                              values_.slice_rows(entry.offset, end).reshape(working.shape()));
   }
+  if (follow_) follow_();
 }
 
 }  // namespace graft

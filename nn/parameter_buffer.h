@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -48,11 +49,14 @@ class ParameterBuffer {
   Tensor& m() { return m_; }
   Tensor& v() { return v_; }
   void publish();  // values -> working copies; after loading a checkpoint too
+  // Called at the end of every publish(): what else is made from the values follows them.
+  void on_publish(std::function<void()> follow) { follow_ = std::move(follow); }
 
  private:
   std::vector<Entry> entries_;
   Tensor values_, gradients_, m_, v_;
   Tensor outcome_;  // (3) F64: loss, gradient norm, factor (Backend::clip_factor)
+  std::function<void()> follow_;
 };
 
 }  // namespace graft

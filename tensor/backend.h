@@ -48,6 +48,13 @@ class CapturedStep {
   virtual void launch(const AdamWStep& adamw) = 0;
 };
 
+// dst = alpha * src, of one shape; dtypes may differ, rows of both may be strided.
+struct ScaledCopy {
+  Tensor dst;
+  Tensor src;
+  double alpha = 1;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -57,6 +64,9 @@ class Backend {
   // to nearest even); rows of either may be strided.
   virtual void fill(Tensor& dst, double value) = 0;
   virtual void copy(Tensor& dst, const Tensor& src) = 0;
+
+  // Many small copies at once. Destinations F32 or BF16, sources F32; none overlap.
+  virtual void copy_scaled(std::span<const ScaledCopy> copies) = 0;
 
   // y = a + b, all the same shape and dtype; y may be a or b.
   virtual void add(Tensor& y, const Tensor& a, const Tensor& b) = 0;

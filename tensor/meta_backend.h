@@ -11,6 +11,7 @@ class MetaBackend final : public Backend {
   std::string describe() const override { return "meta (no values, memory is only counted)"; }
   void fill(Tensor&, double) override {}
   void copy(Tensor&, const Tensor&) override {}
+  void copy_scaled(std::span<const ScaledCopy>) override {}
   void add(Tensor&, const Tensor&, const Tensor&) override {}
   void axpy(Tensor&, const Tensor&, double) override {}
   void scale(Tensor&, const Tensor&, double) override {}

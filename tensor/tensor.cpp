@@ -57,6 +57,14 @@ Tensor Tensor::from_ints(Shape shape, const std::vector<int32_t>& values, Device
   return t;
 }
 
+Tensor Tensor::with_spare_cols(int64_t rows, int64_t cols, int64_t spare, DType dtype,
+                               Device device, Scope scope) {
+  const int64_t stride = spare == 0 ? cols : (cols + spare + 63) / 64 * 64;
+  Tensor t = empty({rows, stride}, dtype, device, scope).slice_cols(0, cols);
+  t.spare_cols_ = spare;
+  return t;
+}
+
 Tensor Tensor::borrow(const void* data, Shape shape, DType dtype,
                       std::shared_ptr<const void> owner) {
   Tensor t;
@@ -76,6 +84,7 @@ Tensor Tensor::reshape(Shape shape) const {
   Tensor t = *this;
   t.shape_ = shape;
   t.row_stride_ = t.cols();
+  t.spare_cols_ = 0;
   return t;
 }
 
@@ -102,6 +111,16 @@ Tensor Tensor::slice_cols(int64_t begin, int64_t end) const {
   Tensor t = *this;
   t.shape_ = {size(0), end - begin};
   t.byte_offset_ += begin * dtype_size(dtype_);
+  t.spare_cols_ = 0;
+  return t;
+}
+
+Tensor Tensor::widen_cols(int64_t more) const {
+  CHECK(rank() == 2 && 0 <= more && more <= spare_cols_, "widen_cols: by ", more, ", but ", shape_,
+        " has ", spare_cols_, " spare columns");
+  Tensor t = *this;
+  t.shape_ = {size(0), size(1) + more};
+  t.spare_cols_ -= more;
   return t;
 }
 

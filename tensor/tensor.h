@@ -53,6 +53,11 @@ class Tensor {
   static Tensor from_floats(Shape shape, const std::vector<double>& values, DType dtype);  // CPU
   static Tensor from_ints(Shape shape, const std::vector<int32_t>& values,
                           Device device = Device::CPU);  // I32
+  // A matrix with `spare` columns behind each row, which belong to this tensor and which nobody
+  // else reads or writes (widen_cols): a later product puts what it needs there, so that matrix and
+  // addition are one operand. Rows are a multiple of 64 elements apart. spare 0: dense.
+  static Tensor with_spare_cols(int64_t rows, int64_t cols, int64_t spare, DType dtype,
+                                Device device = Device::CPU, Scope scope = Scope::Activations);
   // Bytes that somebody else owns; read-only by convention.
   static Tensor borrow(const void* data, Shape shape, DType dtype,
                        std::shared_ptr<const void> owner);
@@ -76,6 +81,9 @@ class Tensor {
   Tensor reshape(Shape shape) const;                    // this must be contiguous
   Tensor slice_rows(int64_t begin, int64_t end) const;  // of dimension 0
   Tensor slice_cols(int64_t begin, int64_t end) const;  // of the last dimension; rank 2
+  // With the first `more` spare columns as columns. Slices of columns have no spare ones.
+  Tensor widen_cols(int64_t more) const;
+  int64_t spare_cols() const { return spare_cols_; }
 
   void* raw() const { return static_cast<char*>(storage_->data()) + byte_offset_; }
   template <class T>
@@ -102,6 +110,7 @@ class Tensor {
   std::shared_ptr<Storage> storage_;
   int64_t byte_offset_ = 0;
   int64_t row_stride_ = 0;
+  int64_t spare_cols_ = 0;
 };
 
 }  // namespace graft

@@ -345,6 +345,16 @@ TEST_F(Finetune, RefusesWhatDoesNotFitBeforeAnythingIsWritten) {
   o.eval_split = 22;
   EXPECT_EQ(error(o), "eval_split: 22 rows are asked for, but the data has 22");
   o = options("out");
+  o.device = TrainOptions::DeviceChoice::Cpu;
+  o.lora_layout = LoraLayout::Merged;
+  EXPECT_EQ(error(o), "train: lora_layout needs a GPU; use device: cuda, or lora_layout: plain");
+  o.method = TrainOptions::Method::Full;
+  EXPECT_EQ(error(o), "train: lora_layout is given with method full; it needs method lora");
+  o = options("out");
+  o.device = TrainOptions::DeviceChoice::Cpu;
+  o.tune = true;
+  EXPECT_EQ(error(o), "train: tune needs a GPU; use device: cuda, or tune: false");
+  o = options("out");
   o.model = path("nowhere");
   EXPECT_NE(error(o), "no error");
   o = options("out");

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "tensor/backend.h"
 #include "tensor/random.h"
 
 namespace graft {
@@ -44,6 +45,87 @@ Variable run_lora(const Inputs& in, bool with_bias, double dropout_p) {
   ops::LoraArguments lora{in[in.size() - 2], in[in.size() - 1], 1.5, dropout_p, {}};
   lora.key = {.seed = 0x123456789abcdef0u, .step = 3, .module = 5, .first_row = 1000};
   return ops::lora_linear(in[0], in[1], with_bias ? in[2] : Variable(), lora);
+}
+
+// Three layers as q, k, v: the second has no adapter, the others differ in rank, scaling and, where
+// there is dropout, mask. Weights are constants; borders are made from the adapters given.
+ops::LoraGroup make_group(const Inputs& in, const OpSizes& s, DType dtype, bool bordered,
+                          double dropout_p) {
+  const Device device = in[0].value().device();
+  const int64_t H = s.H, outs[] = {s.N, s.N / 2, s.N + s.N / 2};
+  const int64_t N = outs[0] + outs[1] + outs[2];
+  ops::LoraGroup group;
+  group.weight = random_tensor({N, H}, dtype, 11, 1 / std::sqrt(double(H))).to(device);
+  group.bias = random_tensor({N}, dtype, 12).to(device);
+  for (int i = 0; i < 3; ++i) group.layers.push_back({outs[i], {}});
+  group.layers[0].lora = {in[1], in[2], 1.5, dropout_p, {}};
+  group.layers[2].lora = {in[3], in[4], 0.5, dropout_p, {}};
+  for (uint32_t i : {0u, 2u})
+    group.layers[i].lora.key = {.seed = 99, .step = 3, .module = 5 + i, .first_row = 1000};
+  if (!bordered) return group;
+  const int64_t R = ops::border_columns(group), r = in[1].shape()[0];
+  Tensor whole = Tensor::zeros({N + R, H + R}, dtype, device);
+  const auto put = [&](int64_t row, int64_t col, const Tensor& what, double alpha) {
+    Tensor place = whole.slice_rows(row, row + what.size(0)).slice_cols(col, col + what.size(1));
+    if (what.dtype() == DType::F32 && alpha != 1) {
+      const ScaledCopy copy{place, what, alpha};
+      backend_of(whole).copy_scaled({&copy, 1});
+    } else {
+      backend_of(whole).copy(place, what);
+      if (alpha != 1) backend_of(whole).scale(place, place, alpha);
+    }
+  };
+  put(0, 0, group.weight, 1);
+  put(N, 0, in[1].value(), 1);
+  put(N + r, 0, in[3].value(), 1);
+  put(0, H, in[2].value(), 1.5);
+  put(outs[0] + outs[1], H + r, in[4].value(), 0.5);
+  group.bordered = whole;
+  return group;
+}
+
+OpCase group_case(const std::string& name, const OpSizes& s, bool bordered, bool spare,
+                  double dropout_p) {
+  const int64_t r2 = s.r + 1;
+  return {
+      name,
+      {{kX, {s.T, s.H}},
+       {kA, {s.r, s.H}},
+       {kA, {s.N, s.r}},
+       {kA, {r2, s.H}},
+       {kA, {s.N + s.N / 2, r2}}},
+      [=](const Inputs& in, DType dtype) {
+        ops::LoraGroup group = make_group(in, s, dtype, bordered, dropout_p);
+        if (!spare) return ops::lora_linear_group(in[0], group);
+        // As a layer has it: x from a norm, dy from SwiGLU, both with room for the rest.
+        const int64_t columns = ops::border_columns(group);
+        group.wide_output = true;
+        const Variable ones(Tensor::from_floats({s.H}, std::vector<double>(size_t(s.H), 1.0), dtype)
+                                .to(in[0].value().device()));
+        const Variable x = ops::rms_norm(in[0], ones, 1e-6, columns);
+        return ops::swiglu_merged(ops::lora_linear_group(x, group), columns);
+      }};
+}
+
+OpCase merged_attention_case(const std::string& name, const OpSizes& s, bool norm) {
+  return {
+      name, {{kX, {s.T, (s.heads + 2 * s.kv_heads) * s.D}}}, [=](const Inputs& in, DType dtype) {
+        const Device device = in[0].value().device();
+        ops::MergedHeads h;
+        h.heads = s.heads;
+        h.kv_heads = s.kv_heads;
+        h.head_dim = s.D;
+        if (norm) {
+          h.q_norm = Variable(random_tensor({s.D}, dtype, 21).to(device));
+          h.k_norm = Variable(random_tensor({s.D}, dtype, 22).to(device));
+          h.eps = 1e-5;
+        }
+        h.positions = random_ids(s.T, 2 * s.T, 4);
+        h.cos_sin = rotary_table(2 * s.T, s.D, dtype).to(device);
+        h.cu_seqlens = make_cu_seqlens(s.T);
+        h.scale = 1 / std::sqrt(double(s.D));
+        return ops::attention_merged(in[0], h);
+      }};
 }
 
 OpCase attention_case(const std::string& name, int64_t T, int64_t heads, int64_t kv_heads,
@@ -139,6 +221,15 @@ std::vector<OpCase> product_cases(const OpSizes& s) {
 std::vector<OpCase> op_cases(const OpSizes& s) {
   std::vector<OpCase> cases = elementwise_cases(s);
   for (OpCase& op : product_cases(s)) cases.push_back(std::move(op));
+  cases.push_back(group_case("lora_group_merged", s, false, false, 0));
+  cases.push_back(group_case("lora_group_merged_with_dropout", s, false, false, 0.3));
+  cases.push_back(group_case("lora_group_bordered", s, true, false, 0));
+  cases.push_back(group_case("lora_group_bordered_with_room", s, true, true, 0));
+  cases.push_back({"swiglu_merged", {{kX, {s.T, 2 * s.H}}}, [](const Inputs& in, DType) {
+                     return ops::swiglu_merged(in[0], 5);
+                   }});
+  cases.push_back(merged_attention_case("attention_merged", s, false));
+  cases.push_back(merged_attention_case("attention_merged_with_norms", s, true));
   cases.push_back(attention_case("attention_grouped", s.T, s.heads, s.kv_heads, s.D));
   cases.push_back(attention_case("attention_multi_query", s.T, s.heads, 1, s.D));
   cases.push_back(attention_case("attention_multi_head", s.T, s.heads, s.heads, s.D));

@@ -1,5 +1,7 @@
 #include "train/device_choice.h"
 
+#include <filesystem>
+
 #include "cuda/cuda_backend.h"
 
 namespace graft {
@@ -20,6 +22,24 @@ TrainOptions::DeviceChoice read_device_choice(const std::string& command, const 
   if (word == "cpu") return TrainOptions::DeviceChoice::Cpu;
   if (word == "cuda") return TrainOptions::DeviceChoice::Cuda;
   throw UsageError(concat(command, ": --device is '", word, "', expected auto, cpu or cuda"));
+}
+
+UseGemmPlan::UseGemmPlan(const TrainOptions& options, Device device,
+                         const std::function<void(const std::string&)>& say) {
+  if (device != Device::CUDA) {
+    CHECK(options.lora_layout == LoraLayout::Plain,
+          "train: lora_layout needs a GPU; use device: cuda, or lora_layout: plain");
+    CHECK(!options.tune, "train: tune needs a GPU; use device: cuda, or tune: false");
+    return;
+  }
+  const std::string path = options.output_dir + "/gemm_plan.json";
+  if (!options.tune && !std::filesystem::exists(path)) return;
+  cuda_use_gemm_plan(path, options.tune, say);
+  used_ = true;
+}
+
+UseGemmPlan::~UseGemmPlan() {
+  if (used_) cuda_use_gemm_plan("", false, [](const std::string&) {});
 }
 
 }  // namespace graft

@@ -38,6 +38,7 @@ class Run {
 
  private:
   StepOutcome train_step_or_take_back(int64_t step);
+  void lay_out_products();
   StepOutcome train_step(int64_t step);
   void compute_step(const StepInputs& inputs, const AdamWStep& adamw);
   bool eval_due(int64_t step) const;
@@ -82,6 +83,7 @@ Run::Run(TrainOptions& options, const TrainData& data, const RunControl& control
   // Now, and not in the midst of a step.
   model_->reserve_positions(std::max(data.train.longest_row(), data.eval.longest_row()));
   if (options.cuda_graph) graphs_ = std::make_unique<StepGraphs>();
+  lay_out_products();
   schedule_.type = options.lr_scheduler_type;
   schedule_.learning_rate = options.learning_rate;
   schedule_.min_lr_ratio = options.min_lr_ratio;
@@ -97,6 +99,15 @@ Run::Run(TrainOptions& options, const TrainData& data, const RunControl& control
   const bool full = options.method == TrainOptions::Method::Full;
   result_.trainable_line =
       trainable_parameters_line(trained, num_parameters(model_->config()) + (full ? 0 : trained));
+}
+
+// The adapters are in the parameter buffer by now; a border is made from them, here and whenever
+// they change.
+void Run::lay_out_products() {
+  const LoraLayout layout = model_->set_lora_layout(options_.lora_layout);
+  if (layout != options_.lora_layout)
+    Report(control_.console, "").line("lora_layout: merged, for bordered needs lora_dropout: 0");
+  if (layout == LoraLayout::Bordered) parameters_.on_publish([this] { model_->refresh_borders(); });
 }
 
 // The whole loop. A run that is resumed enters it at the step after its checkpoint.
@@ -313,6 +324,7 @@ TrainResult run(TrainOptions options, TrainData data, const RunControl& control,
   if (device == Device::CUDA) console.line("device: " + backend_of(device).describe());
   CHECK(!options.cuda_graph || device == Device::CUDA,
         "cuda_graph: the device is cpu, which has no graphs; leave cuda_graph out");
+  const UseGemmPlan plan(options, device, [&](const std::string& text) { console.line(text); });
   return Run(options, data, control, model_dir, device).train();
 }
 

@@ -460,6 +460,19 @@ std::vector<Row> engine_rows() {
       boolean(g, "cuda_graph", at(&O::cuda_graph),
               "GPU: capture steps as graphs; pays where rows of few lengths make short steps")
           .keeps_result(),
+      choice<decltype(at(&O::lora_layout)), LoraLayout>(
+          g, "lora_layout", at(&O::lora_layout),
+          {{"plain", LoraLayout::Plain},
+           {"merged", LoraLayout::Merged},
+           {"bordered", LoraLayout::Bordered}},
+          "products on a GPU: layer by layer; q, k, v and gate, up in one; or the adapters' in "
+          "those "
+          "of the base too (without dropout)")
+          .keeps_result(),
+      boolean(g, "tune", at(&O::tune),
+              "on a GPU, time the algorithms for each shape of product and keep the choice in "
+              "output_dir/gemm_plan.json")
+          .keeps_result(),
   };
 }
 

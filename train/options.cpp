@@ -369,6 +369,8 @@ void validate(const TrainOptions& options) {
   CHECK(!full || options.adapter.empty(),
         "train: adapter is given with method full; it needs method lora");
   CHECK(full || !options.random_init, "train: random_init needs method full");
+  CHECK(!full || options.lora_layout == LoraLayout::Plain,
+        "train: lora_layout is given with method full; it needs method lora");
   if (full) {
     for (const std::string& name : options.given)
       CHECK(find_option_key(name)->group != Group::Lora || name == "base_model_name_or_path",

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "nn/linear_group.h"
 #include "nn/lora.h"
 #include "tensor/dtype.h"
 #include "train/schedule.h"
@@ -52,6 +53,8 @@ struct TrainOptions {
   int64_t threads = 0;         // 0: all that the machine gives
   DeviceChoice device = DeviceChoice::Auto;
   bool cuda_graph = false;
+  LoraLayout lora_layout = LoraLayout::Plain;  // on a GPU (nn/linear_group.h)
+  bool tune = false;                           // time the algorithms of products on a GPU
   uint64_t seed = 42;
   bool shuffle = true;
 

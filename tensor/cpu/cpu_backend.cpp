@@ -175,6 +175,19 @@ void CpuBackend::copy(Tensor& dst, const Tensor& src) {
       Line(dst), Line(src));
 }
 
+void CpuBackend::copy_scaled(std::span<const ScaledCopy> copies) {
+  for (const ScaledCopy& one : copies) {
+    Tensor dst = one.dst;
+    if (dst.dtype() == one.src.dtype()) {
+      scale(dst, one.src, one.alpha);
+      continue;
+    }
+    Tensor scaled = Tensor::empty(one.src.shape(), one.src.dtype(), Device::CPU, Scope::Scratch);
+    scale(scaled, one.src, one.alpha);
+    copy(dst, scaled);
+  }
+}
+
 void CpuBackend::add(Tensor& y, const Tensor& a, const Tensor& b) {
   check_activation("add", y);
   const DType dtype = y.dtype();

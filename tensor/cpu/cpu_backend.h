@@ -19,6 +19,7 @@ class CpuBackend : public Backend {
   std::string describe() const override;
   void fill(Tensor& dst, double value) override;
   void copy(Tensor& dst, const Tensor& src) override;
+  void copy_scaled(std::span<const ScaledCopy> copies) override;
   void add(Tensor& y, const Tensor& a, const Tensor& b) override;
   void axpy(Tensor& y, const Tensor& x, double alpha) override;
   void scale(Tensor& y, const Tensor& x, double alpha) override;

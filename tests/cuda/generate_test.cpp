@@ -86,7 +86,8 @@ TEST_F(DeviceGenerate, AStepWaitsForOneIdAndUploadsOnce) {
   });
   for (size_t i = 2; i < after.size(); ++i) {
     EXPECT_EQ(after[i].synchronisations - after[i - 1].synchronisations, of_one_id) << "step " << i;
-    EXPECT_EQ(after[i].pageable_copies - after[i - 1].pageable_copies, 2u) << "step " << i;
+    // Down comes the id, into memory of its own; what goes up is staged in pinned memory.
+    EXPECT_LE(after[i].pageable_copies - after[i - 1].pageable_copies, 1u) << "step " << i;
     EXPECT_GT(after[i].launches - after[i - 1].launches, 10u);
   }
 }

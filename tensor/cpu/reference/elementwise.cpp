@@ -34,6 +34,13 @@ void ReferenceBackend::copy(Tensor& dst, const Tensor& src) {
     out.set(i / to_cols, i % to_cols, in(i / from_cols, i % from_cols));
 }
 
+void ReferenceBackend::copy_scaled(std::span<const ScaledCopy> copies) {
+  for (const ScaledCopy& one : copies) {
+    Tensor dst = one.dst;
+    scale(dst, one.src, one.alpha);
+  }
+}
+
 void ReferenceBackend::add(Tensor& y, const Tensor& a, const Tensor& b) {
   Out out(y);
   In in_a(a), in_b(b);
