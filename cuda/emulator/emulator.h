@@ -15,7 +15,8 @@
 
 #include "cuda/emulator/vector_types.h"
 
-// Whether the program runs under AddressSanitizer; defined by hand for files that it does not check.
+// Whether the program runs under AddressSanitizer; defined by hand for files that it does not
+// check.
 #if !defined(EMU_ASAN) && defined(__SANITIZE_ADDRESS__)
 #define EMU_ASAN 1
 #elif !defined(EMU_ASAN)
