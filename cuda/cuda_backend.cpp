@@ -24,6 +24,7 @@ class DeviceMemory : public RawMemory {
     return nullptr;
   }
   void system_free(void* pointer, size_t) override { cudaFree(pointer); }
+  bool is_gpu() const override { return true; }
   std::string describe() const override {
     size_t free = 0, total = 0;
     if (cudaMemGetInfo(&free, &total) != cudaSuccess) return "the GPU";

@@ -176,12 +176,14 @@ void Allocator::release_pool() {
 
 void Allocator::fail_out_of_memory(int64_t size, Scope scope) {
   const bool weights = scope == Scope::Weights;
-  throw OutOfMemory(concat(
+  const std::string text = concat(
       "out of memory: ", megabytes(size), " more for ", scope_name(scope), "; ", memory_.describe(),
       " holds\n", table(),
       weights ? "the weights do not fit: take a smaller model, or dtype: bfloat16"
               : "lower per_device_train_batch_size or max_seq_length, set gradient_checkpointing, "
-                "or take dtype: bfloat16"));
+                "or take dtype: bfloat16");
+  if (memory_.is_gpu()) throw OutOfMemory(text);
+  fail(text);
 }
 
 void Allocator::reset_peak() {

@@ -33,9 +33,11 @@ class RawMemory {
   // memory checker sees the end of each tensor. For tests.
   virtual bool exact() const { return false; }
   virtual std::string describe() const { return "memory"; }  // for the out-of-memory message
+  virtual bool is_gpu() const { return false; }
 };
 
-// The device has no memory left: a first line, the table of totals, and what to change.
+// A GPU has no memory left: a first line, the table of totals, and what to change. (On the CPU the
+// same text is an Error like any other, said in one line.)
 struct OutOfMemory : Error {
   using Error::Error;
 };
@@ -57,7 +59,7 @@ class Allocator {
   Allocator(const Allocator&) = delete;
   Allocator& operator=(const Allocator&) = delete;
 
-  // At least `bytes` bytes, aligned to 64, contents unspecified. Throws OutOfMemory.
+  // At least `bytes` bytes, aligned to 64, contents unspecified. Throws OutOfMemory, or Error.
   void* allocate(int64_t bytes, Scope scope);
   // Bytes must be what was asked for.
   void free(void* pointer, int64_t bytes, Scope scope);
