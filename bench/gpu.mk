@@ -56,8 +56,9 @@ endef
 # sm_90a: the kit's machine. The distribution runs on every card from sm_80 on; PTX is for those to come.
 DIST_ARCH := 80 86 89 90a 100 120
 gencode = $(foreach a,$(1),-gencode arch=compute_$(a),code=sm_$(a))
+DIST_CODE := $(call gencode,$(DIST_ARCH)) -gencode arch=compute_80,code=compute_80
 $(eval $(call packed_rules,packed-kit,$(call gencode,90a)))
-$(eval $(call packed_rules,packed-dist,$(call gencode,$(DIST_ARCH)) -gencode arch=compute_80,code=compute_80))
+$(eval $(call packed_rules,packed-dist,$(DIST_CODE)))
 
 -include $(GPU_TEST_OBJ:.o=.d) $(HOST_OBJ:.o=.d)
 
