@@ -156,6 +156,27 @@ TEST(Gemm, AgreesWithATripleLoopForRaggedSizes) {
   }
 }
 
+// LoRA's products: every narrow width that the kernels tell apart, and k over their passes.
+TEST(Gemm, AgreesWithATripleLoopForNarrowProducts) {
+  for (const NamedKernels& isa : runnable_kernels()) {
+    Numbers numbers;
+    int round = 0;
+    for (const int64_t narrow : {1, 3, 4, 5, 8, 9, 16, 17, 24, 31, 32, 33, 48})
+      for (const int64_t K : {1, 7, 64, 65, 130, 513, 700})
+        for (int shape = 0; shape < 4; ++shape, ++round) {
+          const bool ta = shape >= 2, tb = shape == 1;
+          const int64_t wide = 49 + numbers.below(150);
+          const int64_t M = shape == 3 ? narrow : wide, N = shape == 3 ? wide : narrow;
+          const GemmTerm term =
+              random_term(numbers, M, N, K, ta, tb, kInputs[round % 3], kInputs[round / 3 % 3],
+                          round % 4, round % 5 ? 0.75 : 1);
+          check_product(isa, numbers, {&term, 1}, M, N, round % 2 ? DType::F32 : DType::BF16,
+                        round % 4 == 0, round % 7 == 0,
+                        concat("M=", M, " N=", N, " K=", K, " transposes ", ta, tb));
+        }
+  }
+}
+
 TEST(Gemm, AddsTwoTermsOfDifferentK) {
   for (const NamedKernels& isa : runnable_kernels()) {
     Numbers numbers;
@@ -320,20 +341,20 @@ TEST(Gemm, GivesTheSameBytesWithAnyNumberOfThreads) {
       const GemmTerm terms[] = {
           random_term(numbers, s.M, s.N, s.K, s.ta, s.tb, dtype, DType::BF16),
           random_term(numbers, s.M, s.N, 16, false, true, DType::F32, DType::F32)};
-      Tensor first = Tensor::empty({s.M, s.N}, DType::F32);
-      for (const int threads : {1, 2, 3, 8}) {
-        ThreadPool pool(threads);
-        Tensor c = Tensor::empty({s.M, s.N}, DType::F32);
-        cpu_gemm(*isa.kernels, pool, c, terms, {}, {});
-        if (threads == 1) first = c;
-        EXPECT_EQ(std::memcmp(c.raw(), first.raw(), size_t(c.num_bytes())), 0)
-            << isa.name << " M=" << s.M << " N=" << s.N << " threads=" << threads;
+      for (const size_t count : {1, 2}) {
+        Tensor first = Tensor::empty({s.M, s.N}, DType::F32);
+        for (const int threads : {1, 2, 3, 8}) {
+          ThreadPool pool(threads);
+          Tensor c = Tensor::empty({s.M, s.N}, DType::F32);
+          cpu_gemm(*isa.kernels, pool, c, {terms, count}, {}, {});
+          if (threads == 1) first = c;
+          EXPECT_EQ(std::memcmp(c.raw(), first.raw(), size_t(c.num_bytes())), 0)
+              << isa.name << " M=" << s.M << " N=" << s.N << " terms=" << count
+              << " threads=" << threads;
+        }
       }
     }
 }
-
-// An element's sum may not depend on its neighbours: rows of a taller product are those of a
-// shorter one (of the same path), so that tiles at the edge add in the order of full ones.
 TEST(Gemm, GivesARowTheSameBytesInTilesOfAnyHeight) {
   for (const NamedKernels& isa : runnable_kernels())
     for (const DType dtype : {DType::F32, DType::BF16}) {

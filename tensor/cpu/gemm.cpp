@@ -19,75 +19,15 @@
 #include <cstring>
 #include <vector>
 
-#include "tensor/cpu/kernels/gemm_kernels.h"
+#include "tensor/cpu/gemm_product.h"
 
 namespace graft {
+
+using namespace gemm_parts;
+
 namespace {
 
-constexpr int64_t kMaxRows = 768;              // of a block, a multiple of kMr
-constexpr int64_t kGroup = 64;                 // columns of a piece, a multiple of every nr
-constexpr int64_t kMaxKc = 512;                // no instruction set has a longer kc
-constexpr int64_t kPackedA = kMaxRows * 4096;  // floats of the shared packed rows, 12 MiB
-constexpr int64_t kKeptCols = 2048;  // columns whose sums are kept from one k0 to the next
-constexpr int64_t kKeptSums = kMaxRows * kKeptCols;
-constexpr int64_t kPackedB = kMaxKc * kGroup;
-constexpr int64_t kOwnSums = kMaxRows * kGroup;
-constexpr int64_t kDotRows = 4;      // up to so many rows, dot products with b's rows as they lie
-constexpr int64_t kNarrow = 48;      // up to so many columns, the transpose of c is computed
-constexpr double kSerialWork = 5e5;  // multiply-adds below which waking threads costs more
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
-// Buffers that persist from call to call, per thread and shared. Never destroyed: the allocator
-// that they come from may be gone by then.
-class Workspace {
- public:
-  float* packed_a() { return get(packed_a_, kPackedA); }
-  float* kept_sums() { return get(kept_sums_, kKeptSums); }
-  void reserve(int threads) {
-    if (int(own_.size()) < threads) own_.resize(threads);
-    for (int t = 0; t < threads; ++t) get(own_[t], kPackedB + kOwnSums);
-  }
-  float* own(int thread) { return own_[thread].data<float>(); }
-
- private:
-  static float* get(Tensor& buffer, int64_t floats) {
-    if (!buffer.defined())
-      buffer = Tensor::empty({floats}, DType::F32, Device::CPU, Scope::Scratch);
-    return buffer.data<float>();
-  }
-  Tensor packed_a_, kept_sums_;
-  std::vector<Tensor> own_;
-};
-
-Workspace& workspace() {
-  static Workspace& buffers = *new Workspace;
-  return buffers;
-}
-
-struct Term {
-  GemmMatrix a, b;
-  bool transpose_a, transpose_b;
-  float alpha;
-  int64_t k;
-  const GemmInner* inner;
-  int64_t per_word;  // elements of k
-
-  int64_t words() const { return divide_up(k, per_word); }
-  int64_t elements(int64_t word, int64_t words) const {
-    return std::min(k, (word + words) * per_word) - word * per_word;
-  }
-};
-
-// A call in plain terms. If `swapped`, it is c's transpose: a and b, M and N have changed places.
-struct Product {
-  int64_t M, N, K;  // K in words
-  std::array<Term, 2> terms;
-  int num_terms = 0;
-  bool swapped = false;
-  GemmStore out;  // of all of c
-};
+constexpr int64_t kDotRows = 4;  // up to so many rows, dot products with b's rows as they lie
 
 GemmMatrix matrix_of(const Tensor& t) {
   CHECK(t.dtype() == DType::F32 || t.dtype() == DType::BF16 || t.dtype() == DType::F16,
@@ -122,7 +62,8 @@ Product product_of(const GemmKernels& kernels, Tensor& c, std::span<const GemmTe
          float(term.alpha),
          k,
          pairs ? kernels.pairs : &kernels.floats,
-         pairs ? 2 : 1};
+         pairs ? 2 : 1,
+         false};
     p.K += t.words();
   }
   p.out = {c.raw(), c.row_stride(), c.dtype(), nullptr, 0, bias};
@@ -146,6 +87,16 @@ void swap_operands(Product& p) {
   p.swapped = true;
 }
 
+// A row that need be neither widened nor scaled nor turned is read where it lies. With pairs k must
+// be even, for a half word's other half would be the next row's.
+void find_direct_terms(Product& p) {
+  for (int i = 0; i < p.num_terms; ++i) {
+    Term& t = p.terms[i];
+    const bool is_words = t.per_word == 2 ? t.k % 2 == 0 : t.a.dtype == DType::F32;
+    t.direct = is_words && !t.transpose_a && t.alpha == 1 && t.a.stride > 0;
+  }
+}
+
 // Calls f(term, word within the term, offset within [begin, end), words) for the parts of [begin,
 // end).
 template <class F>
@@ -155,18 +106,6 @@ void for_terms(const Product& p, int64_t begin, int64_t end, F&& f) {
     const int64_t from = std::max(begin, start), to = std::min(end, start + p.terms[i].words());
     if (from < to) f(p.terms[i], from - start, from - begin, to - from);
   }
-}
-
-// The place (i, j) of c, or in a swapped product (j, i).
-GemmStore store_at(const Product& p, int64_t i, int64_t j) {
-  GemmStore out = p.out;
-  const int64_t size = dtype_size(out.dtype);
-  if (out.bias) out.bias += p.swapped ? i : j;
-  if (p.swapped) std::swap(i, j);
-  out.c = static_cast<char*>(out.c) + (i * out.c_stride + j) * size;
-  if (out.addend)
-    out.addend = static_cast<const char*>(out.addend) + (i * out.addend_stride + j) * size;
-  return out;
 }
 
 // Fetches a part of a matrix into the L2 cache, some lines at a time: memory works while the
@@ -243,12 +182,16 @@ class Gemm {
   int64_t tile_stride() const { return (k1_ - k0_) * kMr; }
 
   void pack_rows() {
+    if (std::all_of(p_.terms.begin(), p_.terms.begin() + p_.num_terms,
+                    [](const Term& t) { return t.direct; }))
+      return;
     const int64_t per_piece = std::max(8192 / std::max<int64_t>(1, k1_ - k0_),
                                        divide_up(tiles_, 4 * pool_.num_threads()));
     for_pieces(divide_up(tiles_, per_piece), [&](int64_t piece, int) {
       const int64_t end = std::min(tiles_, (piece + 1) * per_piece);
       for (int64_t tile = piece * per_piece; tile < end; ++tile)
         for_terms(p_, k0_, k1_, [&](const Term& t, int64_t word, int64_t offset, int64_t words) {
+          if (t.direct) return;
           t.inner->pack_a(packed_a_ + tile * tile_stride() + offset * kMr, t.a, t.transpose_a,
                           m0_ + tile * kMr, std::min(kMr, rows_ - tile * kMr), word * t.per_word,
                           t.elements(word, words), t.alpha);
@@ -268,10 +211,12 @@ class Gemm {
     });
   }
 
-  // Words of one kind, from `offset` within a step.
+  // Words of one kind, from `offset` within a step: of packed rows, or of `direct`'s from `word`.
   struct Run {
     const GemmInner* inner;
     int64_t offset, words;
+    const Term* direct;
+    int64_t word;
   };
   struct Runs {
     std::array<Run, 2> all;
@@ -279,13 +224,27 @@ class Gemm {
   };
   Runs runs_of(int64_t begin, int64_t end) const {
     Runs runs;
-    for_terms(p_, begin, end, [&](const Term& t, int64_t, int64_t offset, int64_t words) {
-      if (runs.count > 0 && runs.all[runs.count - 1].inner == t.inner)
-        runs.all[runs.count - 1].words += words;
+    for_terms(p_, begin, end, [&](const Term& t, int64_t word, int64_t offset, int64_t words) {
+      Run* const last = runs.count > 0 ? &runs.all[runs.count - 1] : nullptr;
+      if (last && last->inner == t.inner && !last->direct && !t.direct)
+        last->words += words;
       else
-        runs.all[runs.count++] = {t.inner, offset, words};
+        runs.all[runs.count++] = {t.inner, offset, words, t.direct ? &t : nullptr, word};
     });
     return runs;
+  }
+
+  // The rows of a run from `tile` on, in a step that begins at k.
+  GemmRows rows_at(const Run& run, int64_t tile, int64_t k) const {
+    if (run.direct) {
+      const GemmMatrix& a = run.direct->a;
+      const int64_t size = dtype_size(a.dtype), stride = a.stride * size;
+      return {static_cast<const char*>(a.data) + (m0_ + tile * kMr) * stride +
+                  run.word * run.direct->per_word * size,
+              kMr * stride, stride};
+    }
+    const float* const packed = packed_a_ + tile * tile_stride() + (k - k0_ + run.offset) * kMr;
+    return {reinterpret_cast<const char*>(packed), tile_stride() * int64_t(sizeof(float)), 0};
   }
 
   // Columns [group * kGroup, + kGroup) of the range, A tiles [first, last).
@@ -309,10 +268,9 @@ class Gemm {
           ahead.next_part();
           for (int i = 0; i < runs.count; ++i) {
             const Run& run = runs.all[i];
-            run.inner->multiply(sums + (j * tiles_ + tile) * kMr * nr,
-                                packed_a_ + tile * tile_stride() + (k - k0_ + run.offset) * kMr,
-                                tile_stride(), packed_b + (j * kc_ + run.offset) * nr, run.words,
-                                rows, std::min(nr, cols - j * nr), k + run.offset > 0);
+            run.inner->multiply(sums + (j * tiles_ + tile) * kMr * nr, rows_at(run, tile, k),
+                                packed_b + (j * kc_ + run.offset) * nr, run.words, rows,
+                                std::min(nr, cols - j * nr), k + run.offset > 0);
           }
         }
       }
@@ -410,7 +368,9 @@ void cpu_gemm(const GemmKernels& kernels, ThreadPool& pool, Tensor& c,
       product_of(kernels, c, terms, addend, bias.defined() ? wide_bias.data<float>() : nullptr);
   if (p.M == 0 || p.N == 0) return;
   if (is_for_dot_products(p)) return dot_products(kernels, pool, p);
+  if (is_narrow(p, kernels)) return narrow_product(kernels, pool, p);
   if (p.N <= kNarrow && p.M > p.N) swap_operands(p);
+  find_direct_terms(p);
   Gemm(kernels, pool, p).run();
 }
 

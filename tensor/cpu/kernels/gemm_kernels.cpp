@@ -7,17 +7,6 @@
 namespace graft::GRAFT_ISA {
 namespace {
 
-// Calls f(T{}) with T the type of the elements.
-template <class F>
-void with_type(DType dtype, F&& f) {
-  if (dtype == DType::F32)
-    f(float{});
-  else if (dtype == DType::BF16)
-    f(BFloat16{});
-  else
-    f(Float16{});
-}
-
 // --- packing ---
 
 // Six rows (zero past `rows`) of a row-major matrix, transposed: tile[k][6].
@@ -125,16 +114,6 @@ void pack_b(float* packed, int64_t panel_stride, const GemmMatrix& b, bool trans
       pack_b_cols(packed, at<T>(b, col + j, k), b.stride, count, min(kNr, cols - j));
   });
 }
-
-// What multiply_tile takes F32 words for.
-struct Floats {
-  using Row = Vec;
-  static Row load(const float* p) { return Vec::load(p); }
-  static Row broadcast(const float* p) { return Vec::broadcast(*p); }
-  static Vec multiply_add(Row x, Row row, Vec sum) {
-    return graft::GRAFT_ISA::multiply_add(x, row, sum);
-  }
-};
 
 // --- the store ---
 
@@ -257,6 +236,7 @@ extern const GemmKernels gemm_kernels = {
     kLanes == 16 ? 2 : 24,
     {pack_a, pack_b, multiply_panel<Floats>},
     &gemm_pairs,
+    &gemm_narrow,
     store,
     store_transposed,
     dot,

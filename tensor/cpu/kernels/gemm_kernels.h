@@ -33,6 +33,13 @@ struct GemmStore {
   const float* bias;  // per column, from the panel's first; or nullptr
 };
 
+// Rows of an operand as multiply reads them, strides in bytes. Packed: A tiles, row_stride 0. Else
+// the rows lie in the operand itself, k after k, in words of the product's kind.
+struct GemmRows {
+  const char* data;
+  int64_t tile_stride, row_stride;
+};
+
 // Packing and multiplying with one kind of word. k and count are in elements, kc in words.
 struct GemmInner {
   // (rows, count) of a row-major matrix, or where `transposed` the transpose of (count, rows), from
@@ -43,10 +50,29 @@ struct GemmInner {
   // count) row-major.
   void (*pack_b)(float* panels, int64_t panel_stride, const GemmMatrix& b, bool transposed,
                  int64_t k, int64_t count, int64_t col, int64_t cols);
-  // sums [tile][6][nr] of `rows` rows = or += A tiles, tile_stride apart, times a panel of kc x
-  // cols.
-  void (*multiply)(float* sums, const float* a, int64_t tile_stride, const float* panel, int64_t kc,
-                   int64_t rows, int64_t cols, bool accumulate);
+  // sums [tile][6][nr] of `rows` rows = or += those rows of a times a panel of kc x cols.
+  void (*multiply)(float* sums, const GemmRows& a, const float* panel, int64_t kc, int64_t rows,
+                   int64_t cols, bool accumulate);
+};
+
+// Products with a narrow side (gemm_narrow.cpp). The narrow operand is packed, [k][width], width
+// the columns up to whole vectors; the other is read as it lies.
+constexpr int64_t kNarrowWords = 512;  // k between two passes over the sums
+constexpr int64_t kFlatRows = 64;      // rows of x whose lines stay in the L1 cache in turn
+
+struct GemmNarrow {
+  int64_t cols;  // the most that are packed together
+  // (count, cols) from (0, col) on, times alpha; transposed: b is (cols, count) row-major.
+  void (*pack)(float* packed, const GemmMatrix& b, bool transposed, int64_t count, int64_t col,
+               int64_t cols, float alpha);
+  // sums [row][nr] = rows [row, + rows) of x times packed (count, cols).
+  //   widened  kMr * kNarrowWords floats to work in
+  void (*tall)(float* sums, const GemmMatrix& x, int64_t row, int64_t rows, const float* packed,
+               int64_t count, int64_t cols, float* widened);
+  // sums [panel][row][nr], panels of nr columns panel_floats apart, = packed (count, rows)^T times
+  // columns [col, + cols) of x (count, ...). Whole vectors of rows are written.
+  void (*flat)(float* sums, int64_t panel_floats, const float* packed, int64_t rows,
+               const GemmMatrix& x, int64_t count, int64_t col, int64_t cols);
 };
 
 struct GemmKernels {
@@ -55,6 +81,7 @@ struct GemmKernels {
   int64_t tiles_sub;       // A tiles that are kept in the L2 cache while the panels of a group pass
   GemmInner floats;        // any operands, widened
   const GemmInner* pairs;  // BF16 by BF16; its functions are nullptr where that too is widened
+  const GemmNarrow* narrow;
   void (*store)(const GemmStore& out, const float* sums, int64_t rows, int64_t cols);
   // c is (cols, rows): sums transposed on their way out, bias per row of the sums.
   void (*store_transposed)(const GemmStore& out, const float* sums, int64_t rows, int64_t cols);

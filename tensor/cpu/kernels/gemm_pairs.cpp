@@ -35,7 +35,7 @@ struct Pairs {
     __m512bh v;
   };
   static Row load(const float* p) { return {(__m512bh)_mm512_loadu_ps(p)}; }
-  static Row broadcast(const float* p) { return {(__m512bh)_mm512_set1_ps(*p)}; }
+  static Row broadcast(const char* p) { return {(__m512bh)_mm512_set1_ps(word_at(p))}; }
   static Vec multiply_add(Row x, Row row, Vec sum) { return {_mm512_dpbf16_ps(sum.v, x.v, row.v)}; }
 };
 
@@ -57,7 +57,7 @@ inline void interleave(float* words, const BFloat16* x, const BFloat16* y) {
 struct Pairs {
   using Row = Vec;
   static Row load(const float* p) { return Vec::load(p); }
-  static Row broadcast(const float* p) { return Vec::broadcast(*p); }
+  static Row broadcast(const char* p) { return Vec::broadcast(word_at(p)); }
   static Vec8 low(Vec8 x) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 16))};
   }

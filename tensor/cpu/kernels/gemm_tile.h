@@ -22,16 +22,39 @@ const T* at(const GemmMatrix& m, int64_t i, int64_t j) {
   return static_cast<const T*>(m.data) + i * m.stride + j;
 }
 
-// sums (R, V * lanes) = or += A tile (kc, 6)^T times panel (kc, nr), the first R rows and V
-// vectors. Format says what a word of 32 bits holds: Row, load, broadcast, multiply_add.
-template <class Format, int R, int V>
-void multiply_tile(float* __restrict sums, const float* __restrict a, const float* __restrict b,
-                   int64_t kc, bool accumulate) {
+// Calls f(T{}) with T the type of the elements.
+template <class F>
+void with_type(DType dtype, F&& f) {
+  if (dtype == DType::F32)
+    f(float{});
+  else if (dtype == DType::BF16)
+    f(BFloat16{});
+  else
+    f(Float16{});
+}
+
+// 32 bits as they lie: two BF16 of a row need not be aligned.
+inline float word_at(const char* p) {
+  float word;
+  __builtin_memcpy(&word, p, sizeof word);
+  return word;
+}
+
+// sums (R, V * lanes) = or += rows of a (R, kc) times panel (kc, nr), V vectors of it. Format says
+// what a word of 32 bits holds: Row, load, broadcast, multiply_add.
+//   Packed: a is an A tile, [word][6]; else R rows as they lie in the operand, row_stride bytes
+//   apart.
+template <class Format, int R, int V, bool Packed, int kPanel = kNr>
+void multiply_tile(float* __restrict sums, const char* __restrict a, int64_t row_stride,
+                   const float* __restrict b, int64_t kc, bool accumulate) {
   Vec c[R][V];
+  const char* rows[R];
 #pragma GCC unroll 6
-  for (int i = 0; i < R; ++i)
+  for (int i = 0; i < R; ++i) {
+    rows[i] = a + i * (Packed ? 4 : row_stride);
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) c[i][j] = Vec::zero();
+  }
 #pragma GCC unroll 2
   for (int64_t k = 0; k < kc; ++k) {
     typename Format::Row row[V];
@@ -39,12 +62,11 @@ void multiply_tile(float* __restrict sums, const float* __restrict a, const floa
     for (int j = 0; j < V; ++j) row[j] = Format::load(b + j * kLanes);
 #pragma GCC unroll 6
     for (int i = 0; i < R; ++i) {
-      const typename Format::Row x = Format::broadcast(a + i);
+      const typename Format::Row x = Format::broadcast(rows[i] + k * (Packed ? 4 * kMr : 4));
 #pragma GCC unroll 4
       for (int j = 0; j < V; ++j) c[i][j] = Format::multiply_add(x, row[j], c[i][j]);
     }
-    a += kMr;
-    b += kNr;
+    b += kPanel;
   }
 #pragma GCC unroll 6
   for (int i = 0; i < R; ++i)
@@ -55,44 +77,70 @@ void multiply_tile(float* __restrict sums, const float* __restrict a, const floa
     }
 }
 
-template <class Format, int V>
-void multiply_rows(int64_t rows, float* sums, const float* a, const float* b, int64_t kc,
-                   bool accumulate) {
+template <class Format, int V, bool Packed, int kPanel = kNr>
+void multiply_rows(int64_t rows, float* sums, const char* a, int64_t row_stride, const float* b,
+                   int64_t kc, bool accumulate) {
   switch (rows) {
     case 1:
-      return multiply_tile<Format, 1, V>(sums, a, b, kc, accumulate);
+      return multiply_tile<Format, 1, V, Packed, kPanel>(sums, a, row_stride, b, kc, accumulate);
     case 2:
-      return multiply_tile<Format, 2, V>(sums, a, b, kc, accumulate);
+      return multiply_tile<Format, 2, V, Packed, kPanel>(sums, a, row_stride, b, kc, accumulate);
     case 3:
-      return multiply_tile<Format, 3, V>(sums, a, b, kc, accumulate);
+      return multiply_tile<Format, 3, V, Packed, kPanel>(sums, a, row_stride, b, kc, accumulate);
     case 4:
-      return multiply_tile<Format, 4, V>(sums, a, b, kc, accumulate);
+      return multiply_tile<Format, 4, V, Packed, kPanel>(sums, a, row_stride, b, kc, accumulate);
     case 5:
-      return multiply_tile<Format, 5, V>(sums, a, b, kc, accumulate);
+      return multiply_tile<Format, 5, V, Packed, kPanel>(sums, a, row_stride, b, kc, accumulate);
     default:
-      return multiply_tile<Format, 6, V>(sums, a, b, kc, accumulate);
+      return multiply_tile<Format, 6, V, Packed, kPanel>(sums, a, row_stride, b, kc, accumulate);
+  }
+}
+
+template <class Format, bool Packed>
+void multiply_tiles(float* sums, const GemmRows& a, const float* panel, int64_t kc, int64_t rows,
+                    int64_t cols, bool accumulate) {
+  const int64_t vectors = (cols + kLanes - 1) / kLanes;
+  const char* tile = a.data;
+  for (; rows > 0; rows -= kMr, sums += kMr * kNr, tile += a.tile_stride) {
+    if constexpr (!Packed)  // where the next tile's rows begin; from there on the hardware follows
+      if (rows > kMr)
+        for (int i = 0; i < kMr; ++i)
+          for (int line = 0; line < 2; ++line)
+            __builtin_prefetch(tile + a.tile_stride + i * a.row_stride + line * 64);
+    if (vectors == kVectors)
+      multiply_rows<Format, kVectors, Packed>(rows, sums, tile, a.row_stride, panel, kc,
+                                              accumulate);
+    else if (vectors == 1)
+      multiply_rows<Format, 1, Packed>(rows, sums, tile, a.row_stride, panel, kc, accumulate);
+    else if constexpr (kVectors == 4) {
+      if (vectors == 2)
+        multiply_rows<Format, 2, Packed>(rows, sums, tile, a.row_stride, panel, kc, accumulate);
+      else
+        multiply_rows<Format, 3, Packed>(rows, sums, tile, a.row_stride, panel, kc, accumulate);
+    }
   }
 }
 
 // GemmInner::multiply.
 template <class Format>
-void multiply_panel(float* sums, const float* a, int64_t tile_stride, const float* panel,
-                    int64_t kc, int64_t rows, int64_t cols, bool accumulate) {
-  const int64_t vectors = (cols + kLanes - 1) / kLanes;
-  for (; rows > 0; rows -= kMr, sums += kMr * kNr, a += tile_stride) {
-    if (vectors == kVectors)
-      multiply_rows<Format, kVectors>(rows, sums, a, panel, kc, accumulate);
-    else if (vectors == 1)
-      multiply_rows<Format, 1>(rows, sums, a, panel, kc, accumulate);
-    else if constexpr (kVectors == 4) {
-      if (vectors == 2)
-        multiply_rows<Format, 2>(rows, sums, a, panel, kc, accumulate);
-      else
-        multiply_rows<Format, 3>(rows, sums, a, panel, kc, accumulate);
-    }
-  }
+void multiply_panel(float* sums, const GemmRows& a, const float* panel, int64_t kc, int64_t rows,
+                    int64_t cols, bool accumulate) {
+  const auto multiply =
+      a.row_stride == 0 ? multiply_tiles<Format, true> : multiply_tiles<Format, false>;
+  multiply(sums, a, panel, kc, rows, cols, accumulate);
 }
 
-extern const GemmInner gemm_pairs;  // gemm_pairs.cpp; no functions where there is no such format
+// What multiply_tile takes F32 words for.
+struct Floats {
+  using Row = Vec;
+  static Row load(const float* p) { return Vec::load(p); }
+  static Row broadcast(const char* p) { return Vec::broadcast(word_at(p)); }
+  static Vec multiply_add(Row x, Row row, Vec sum) {
+    return graft::GRAFT_ISA::multiply_add(x, row, sum);
+  }
+};
+
+extern const GemmNarrow gemm_narrow;  // gemm_narrow.cpp
+extern const GemmInner gemm_pairs;    // gemm_pairs.cpp; no functions where there is no such format
 
 }  // namespace graft::GRAFT_ISA
