@@ -73,9 +73,8 @@ std::string describe(const LadderFamily& family, const LadderRung& rung, const S
 }
 
 // Every rung from `first` on, in every order, with the same bytes in each.
-void check_family(const std::string& name, const Sizes& sizes, int first, cudaStream_t stream) {
-  const LadderFamily family = family_named(name);
-  const LadderProblem problem = family.make(sizes);
+void check_problem(const LadderFamily& family, const LadderProblem& problem, const Sizes& sizes,
+                   int first, cudaStream_t stream) {
   LadderProblem expected = problem;
   for (Tensor& output : expected.outputs) output = output.clone();
   family.reference(expected);
@@ -95,6 +94,11 @@ void check_family(const std::string& name, const Sizes& sizes, int first, cudaSt
       }
     });
   }
+}
+
+void check_family(const std::string& name, const Sizes& sizes, int first, cudaStream_t stream) {
+  const LadderFamily family = family_named(name);
+  check_problem(family, family.make(sizes), sizes, first, stream);
 }
 
 TEST_F(Ladder, EveryGemmIsTheReferences) {
@@ -122,6 +126,18 @@ TEST_F(Ladder, EveryNormIsTheReferences) {
 TEST_F(Ladder, EveryCrossEntropyIsTheReferences) {
   for (const Sizes& sizes : {Sizes{1, 1}, Sizes{5, 1003}, Sizes{3, 2052}, Sizes{300, 7}})
     check_family("cross_entropy", sizes, 1, stream());
+}
+
+// exp of it is infinite, so that whichever thread holds it, its maximum must reach the others.
+TEST_F(Ladder, EveryCrossEntropyBearsALargeLogitAnywhere) {
+  const LadderFamily family = family_named("cross_entropy");
+  const Sizes sizes{66, 1003};
+  LadderProblem problem = family.make(sizes);
+  Tensor& logits = problem.outputs[1];
+  std::vector<double> values = logits.to_doubles();
+  for (size_t row = 0; row < 66; ++row) values[row * 1003 + row * 15 + row % 15] = 150;
+  logits = Tensor::from_floats(logits.shape(), values, logits.dtype());
+  check_problem(family, problem, sizes, 1, stream());
 }
 
 TEST_F(Ladder, EveryAttentionIsTheReferences) {
