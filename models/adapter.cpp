@@ -80,7 +80,11 @@ LoraConfig load_adapter_config(const std::string& directory) {
 
 LoraConfig load_adapter(Decoder& model, const std::string& directory) {
   const LoraConfig config = load_adapter_config(directory);
-  const SafetensorsFile file((fs::path(directory) / kWeightsFile).string());
+  const fs::path weights = fs::path(directory) / kWeightsFile;
+  CHECK(fs::exists(weights) || !fs::exists(fs::path(directory) / "adapter_model.bin"), directory,
+        ": holds adapter_model.bin alone, which graft does not read; save it again as safetensors "
+        "(PEFT: model.save_pretrained with safe_serialization=True)");
+  const SafetensorsFile file(weights.string());
   const auto layers = linear_layers(model);
   try {
     attach_lora(layers, config, 0);

@@ -82,6 +82,8 @@ void read_flags(const JsonReader& reader, Family family, ModelConfig& config) {
         ": quantization_config: quantised weights are not supported; take the unquantised model");
   std::string dtype = reader.text("dtype", reader.text("torch_dtype", "float32"));
   if (dtype.rfind("torch.", 0) == 0) dtype = dtype.substr(6);
+  CHECK(dtype == "float32" || dtype == "bfloat16" || dtype == "float16", reader.path(),
+        ": dtype is '", dtype, "', expected float32, bfloat16 or float16");
   if (dtype == "bfloat16") config.dtype = DType::BF16;
   if (dtype == "float16") config.dtype = DType::F16;
 }

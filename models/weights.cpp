@@ -10,6 +10,7 @@
 #include "models/json_file.h"
 #include "tensor/backend.h"
 #include "tensor/safetensors.h"
+#include "tensor/system_memory.h"
 #include "tensor/thread_pool.h"
 
 namespace graft {
@@ -180,28 +181,6 @@ DType dtype_of_file(const Checkpoint& checkpoint) {
 // BF16 rounds what is not BF16.
 DType kept_dtype(DType stored, DType compute) { return compute == DType::F32 ? stored : compute; }
 
-int64_t bytes_available() {
-  int64_t available = INT64_MAX;
-  std::ifstream meminfo("/proc/meminfo");
-  for (std::string key; meminfo >> key;) {
-    int64_t kilobytes = 0;
-    if (key == "MemAvailable:" && meminfo >> kilobytes) available = kilobytes * 1024;
-  }
-  // A container may have less than its machine.
-  int64_t limit = 0, used = 0;
-  if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit &&
-      std::ifstream("/sys/fs/cgroup/memory.current") >> used)
-    available = std::min(available, std::max<int64_t>(limit - used, 0));
-  return available;
-}
-
-void check_memory(int64_t bytes, DType dtype, const std::string& directory) {
-  const int64_t available = bytes_available();
-  CHECK(bytes <= available, directory, ": not enough memory for the model: in ", dtype_name(dtype),
-        " its weights take ", bytes >> 20, " MiB and ", available >> 20,
-        " MiB are free; the dtype of the file is used in place");
-}
-
 // Gives every parameter of the model its tensor from the checkpoint.
 class Loader : public Visitor {
  public:
@@ -248,7 +227,9 @@ class Loader : public Visitor {
   }
 
   void fill() const {
-    if (device_ == Device::CPU) check_memory(copied_bytes_, compute_, directory_);
+    if (device_ == Device::CPU && copied_bytes_ > 0)
+      check_memory(copied_bytes_, concat(directory_, ": weights in ", dtype_name(compute_)),
+                   "the dtype of the file is used in place");
     for (const auto& [stored, value] : planned_) {
       const Tensor tensor = checkpoint_.tensor(stored);
       CHECK(all_finite(tensor), checkpoint_.file_of(stored)->path(), ": tensor '", stored,
@@ -310,6 +291,18 @@ std::unique_ptr<Decoder> load_model(const std::string& directory, std::optional<
 }
 
 void widen_weights(Decoder& model) {
+  struct Count : Visitor {
+    DType dtype;
+    int64_t bytes = 0;
+    void parameter(const std::string&, Variable& value) override {
+      if (value.value().dtype() != dtype) bytes += value.shape().num_elements() * dtype_size(dtype);
+    }
+  } count;
+  count.dtype = model.compute_dtype();
+  model.visit("", count);
+  if (count.bytes > 0 && model.device() == Device::CPU)
+    check_memory(count.bytes, concat("trained weights in ", dtype_name(count.dtype)),
+                 "method lora leaves them in the file");
   struct Widen : Visitor {
     DType dtype;
     void parameter(const std::string&, Variable& value) override {
@@ -369,6 +362,9 @@ std::unique_ptr<Decoder> random_model(const ModelConfig& config, DType dtype, ui
                                       double initializer_range, Device device) {
   CHECK(dtype == DType::F32 || dtype == DType::BF16 || dtype == DType::F64, "random_model: dtype ",
         dtype_name(dtype), ", wanted F32 or BF16");
+  if (device == Device::CPU)
+    check_memory(num_parameters(config) * dtype_size(dtype),
+                 concat("random weights in ", dtype_name(dtype)), "take a smaller model");
   auto model = std::make_unique<Decoder>(config, dtype, device);
   RandomInit init;
   init.dtype = dtype;

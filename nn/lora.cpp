@@ -75,6 +75,11 @@ std::string join(const std::set<std::string>& names) {
   for (const auto& name : names)
     if (name != "lm_head") candidates.insert(name.substr(name.rfind('.') + 1));
   const std::set<std::string> wanted(config.target_modules.begin(), config.target_modules.end());
+  int64_t last_layer = 0;
+  for (const auto& name : names) last_layer = std::max(last_layer, layer_index(name));
+  for (const int64_t layer : config.layers_to_transform)
+    CHECK(layer <= last_layer, "lora: layers_to_transform holds ", layer,
+          ", but the layers of the model are 0 to ", last_layer);
   fail("lora: target_modules (", join(wanted), ") matches no module of the model",
        config.exclude_modules.empty() && config.layers_to_transform.empty()
            ? ""

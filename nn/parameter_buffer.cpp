@@ -1,5 +1,7 @@
 #include "nn/parameter_buffer.h"
 
+#include "tensor/system_memory.h"
+
 namespace graft {
 namespace {
 constexpr int64_t kAlign = 16;  // elements: 64 bytes
@@ -20,6 +22,10 @@ ParameterBuffer::ParameterBuffer(std::vector<std::pair<std::string, Variable>> l
     total += (variable.value().num_elements() + kAlign - 1) / kAlign * kAlign;
   }
   CHECK(total > 0, "parameter buffer: nothing to train");
+  if (device == Device::CPU)
+    check_memory(total * 4 * int64_t(sizeof(float)),
+                 concat("training ", total, " parameters (value, gradient, m and v of each)"),
+                 "train fewer: a smaller r, fewer target_modules, or method lora");
   values_ = Tensor::zeros({total}, DType::F32, device, scope);
   gradients_ = Tensor::zeros({total}, DType::F32, device, Scope::Optimizer);
   m_ = Tensor::zeros({total}, DType::F32, device, Scope::Optimizer);

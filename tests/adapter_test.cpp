@@ -180,6 +180,22 @@ TEST(Adapter, RefusesWhatDoesNotFitAndLeavesTheModelBare) {
   }
 }
 
+TEST(Adapter, OfPicklesAloneSaysWhatToDo) {
+  const ScratchDirectory scratch;
+  fs::create_directories(scratch / "a");
+  fs::copy_file(kGolden + "adapters/llama_gqa/adapter_config.json",
+                scratch / "a/adapter_config.json");
+  write_file_atomically(scratch / "a/adapter_model.bin", "PK");
+  const auto model = load_model(kGolden + "models/llama_gqa");
+  try {
+    load_adapter(*model, scratch / "a");
+    ADD_FAILURE() << "was loaded";
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("safe_serialization=True"), std::string::npos)
+        << error.what();
+  }
+}
+
 TEST(Adapter, OfAnotherModelIsRefused) {
   auto model = load_model(kGolden + "models/llama_head_dim");
   EXPECT_THROW(load_adapter(*model, kGolden + "adapters/llama_gqa"), Error);

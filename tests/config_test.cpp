@@ -211,6 +211,7 @@ TEST_F(Config, RefusesAbsurdValuesByKey) {
   expect_refused("llama", {{"rope_scaling", {{"type", "linear"}, {"factor", 0}}}},
                  "rope_scaling.factor");
   expect_refused("llama", {{"hidden_act", 3}}, "hidden_act");
+  expect_refused("llama", {{"dtype", "int8"}}, "dtype is 'int8'");
 }
 
 TEST_F(Config, RefusesAFileThatIsNotAJsonObject) {

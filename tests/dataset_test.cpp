@@ -157,6 +157,8 @@ TEST_F(DatasetFiles, BadDataIsNamedByFileAndLine) {
   EXPECT_EQ(error({write("a.jsonl", " \n\n")}),
             "data: a.jsonl: is empty; expected an object per line");
   EXPECT_EQ(error({write("a.txt", "")}), "data: a.txt: is empty; expected text");
+  EXPECT_EQ(error({write("a.txt", "good\n\xff\xfe a")}),
+            "data: a.txt:2: is not UTF-8; convert the file, for instance with iconv -t UTF-8");
   EXPECT_EQ(error({folder_ / "missing.txt"}),
             "data: missing.txt: no such file; expected *.txt or *.jsonl");
   EXPECT_EQ(error({write("a.csv", "a,b")}),
@@ -170,7 +172,10 @@ TEST_F(DatasetFiles, ARowWithoutATrainedTokenIsAnErrorThatSaysWhatToDo) {
             "a.jsonl:1: no token of this row is trained once it is cut from 8 to max_seq_length 6 "
             "tokens; raise max_seq_length or shorten the prompt");
   EXPECT_EQ(error({write("a.jsonl", "{\"text\": \"\"}")}),
-            "a.jsonl:1: no token of this row is trained: it has 1 token; give it text or remove "
+            "a.jsonl:1: the row is empty: no token of it is worth training; give it text or remove "
+            "it");
+  EXPECT_EQ(error({write("a.jsonl", "{\"prompt\": \"\", \"completion\": \"\"}")}),
+            "a.jsonl:1: the row is empty: no token of it is worth training; give it text or remove "
             "it");
 }
 

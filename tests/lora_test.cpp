@@ -90,6 +90,18 @@ TEST(Lora, ListsWhatCouldMatchWhenNothingDoes) {
   }
 }
 
+TEST(Lora, SaysWhichLayersThereAre) {
+  LoraConfig config;
+  config.layers_to_transform = {7};
+  try {
+    match_targets(config, module_names(3));
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_EQ(std::string(error.what()),
+              "lora: layers_to_transform holds 7, but the layers of the model are 0 to 2");
+  }
+}
+
 TEST(Lora, RefusesOverlappingPatterns) {
   LoraConfig config;
   config.rank_pattern = {{"q_proj", 4}, {"self_attn.q_proj", 8}};

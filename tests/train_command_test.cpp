@@ -214,5 +214,16 @@ TEST_F(TrainCommand, TooLittleMemoryForTheModelIsOneLine) {
   EXPECT_FALSE(fs::exists(path("out")));
 }
 
+// No limit is set: the kernel would let the memory be reserved, and end the process later.
+TEST_F(TrainCommand, AModelLargerThanTheMachineIsOneLine) {
+  auto json = nlohmann::json::parse(read("model/config.json"));
+  json["intermediate_size"] = 1 << 30;  // 400 GB and more
+  write("model/config.json", json.dump());
+  expect_error(
+      "$GRAFT train --model model --data data.jsonl --output-dir out --method full --random-init",
+      "not enough memory");
+  EXPECT_FALSE(fs::exists(path("out")));
+}
+
 }  // namespace
 }  // namespace graft

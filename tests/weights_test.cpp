@@ -147,8 +147,7 @@ TEST_F(Weights, AreRefusedWhereTheirCopyDoesNotFitIntoMemory) {
     load(DType::BF16);
     ADD_FAILURE() << "accepted";
   } catch (const Error& refusal) {
-    EXPECT_NE(std::string(refusal.what()).find("not enough memory for the model"),
-              std::string::npos)
+    EXPECT_NE(std::string(refusal.what()).find("not enough memory"), std::string::npos)
         << refusal.what();
   }
 }

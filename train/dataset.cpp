@@ -11,6 +11,7 @@
 #include <sstream>
 
 #include "autograd/ops.h"
+#include "models/tokenizer_text.h"
 #include "tensor/check.h"
 #include "tensor/random.h"
 
@@ -47,6 +48,15 @@ TextEncoder::Tokens encode_at(const TextEncoder& tokenizer, const std::string& t
   } catch (const Error& error) {
     fail(where, ": ", error.what());
   }
+}
+
+// The number of the line that holds the first bytes that are not UTF-8.
+int64_t broken_line(const std::string& bytes) {
+  size_t at = 0, length = 0;
+  while (at < bytes.size() &&
+         text::classify_utf8(std::string_view(bytes).substr(at), &length) == text::Utf8::valid)
+    at += length;
+  return 1 + std::count(bytes.begin(), bytes.begin() + int64_t(at), '\n');
 }
 
 // Cuts the row to max_seq_length, checks that something is left to learn, and keeps it.
@@ -110,6 +120,9 @@ class JsonLines {
     }
     CHECK(schema == schema_, where, ": has ", schema, ", but ", schema_where_, " has ", schema_,
           "; all rows must be of one kind");
+    const auto is_empty = [&](const char* key) { return field(object, key, where).empty(); };
+    CHECK(text ? !is_empty("text") : !(is_empty("prompt") && is_empty("completion")), where,
+          ": the row is empty: no token of it is worth training; give it text or remove it");
     if (text)
       add_text_row(dataset_, field(object, "text", where), tokenizer_, max_seq_length_, where);
     else
@@ -282,9 +295,11 @@ Dataset load_dataset(const std::vector<std::string>& sources, const TextEncoder&
   for (const std::string& path : expand_sources(sources)) {
     const size_t before = dataset.rows.size();
     if (fs::path(path).extension() == ".txt") {
-      const std::string text = read_text(path);
-      CHECK(!text.empty(), "data: ", path, ": is empty; expected text");
-      add_document(dataset, text, tokenizer, max_seq_length, path);
+      const std::string document = read_text(path);
+      CHECK(!document.empty(), "data: ", path, ": is empty; expected text");
+      CHECK(text::is_valid_utf8(document), "data: ", path, ":", broken_line(document),
+            ": is not UTF-8; convert the file, for instance with iconv -t UTF-8");
+      add_document(dataset, document, tokenizer, max_seq_length, path);
     } else {
       json_lines.read(path);
     }
