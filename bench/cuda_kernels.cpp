@@ -367,7 +367,8 @@ Json device_info() {
           {"memory_gib", rounded(double(device.totalGlobalMem) / (1 << 30), 1)},
           {"multiprocessors", device.multiProcessorCount},
           {"compute_capability", std::to_string(device.major) + "." + std::to_string(device.minor)},
-          {"driver", driver_version()}};
+          {"driver", driver_version()},
+          {"cublas", cuda_has_cublas(nullptr)}};
 }
 
 Options parse(int argc, char** argv) {

@@ -192,7 +192,8 @@ void time_family(Json& results, const LadderFamily& family, const Options& optio
   for (const LadderRung& rung : family.rungs)
     time_call(std::to_string(rung.number), rung.name,
               [&](LadderProblem& p) { family.run(rung.number, p, stream()); });
-  if (family.library) time_call("library", family.library_name, family.library);
+  if (family.library && cuda_has_cublas(nullptr))
+    time_call("library", family.library_name, family.library);
 }
 
 void time_all(const Options& options) {

@@ -154,6 +154,7 @@ part_peers() {
 }
 
 echo "gpu: $device"
+case $device in *'"cublas":false'*) echo "no cuBLAS was found: products are graft's own, and utilisations are shares of their rate" ;; esac
 for part in ${*:-test bench step peers}; do
   case $part in
     test | bench | step | peers) ;;

@@ -43,6 +43,7 @@ void collect(const fs::path& directory, const std::string& section, const std::s
   }
   result[section] = {
       {"commit", commit}, {"date", date}, {"driver", device.value("driver", "")}, {"rows", rows}};
+  if (device.value("cublas", true) == false) result[section]["cublas"] = false;
   fs::create_directories(directory);
   write(path, result.dump(1) + "\n");
   std::cout << path.string() << "\n";

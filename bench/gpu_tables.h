@@ -120,7 +120,8 @@ inline std::string step_table(const Json& result) {
 inline std::string stamp(const Json& result, const std::string& section) {
   const Json& s = result[section];
   return s.value("date", "") + ", commit " + s.value("commit", "") +
-         (s.value("driver", "").empty() ? "" : ", driver " + s.value("driver", ""));
+         (s.value("driver", "").empty() ? "" : ", driver " + s.value("driver", "")) +
+         (s.value("cublas", true) ? "" : ", without cuBLAS: products by graft's own GEMM");
 }
 
 inline std::string test_line(const Json& result) {

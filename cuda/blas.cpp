@@ -4,6 +4,7 @@
 #include <glob.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "tensor/check.h"
@@ -118,10 +119,11 @@ bool open_cublas(CublasFunctions& functions, std::string& reason) {
     }
     dlclose(library);
   }
-  reason =
-      concat("cuBLAS (libcublas.so.13 or .12) was not found in ", files.size(),
-             " places; install the CUDA toolkit's, or PyTorch's package nvidia-cublas, or name "
-             "the file in GRAFT_CUBLAS");
+  reason = std::getenv("GRAFT_CUBLAS")
+               ? concat("GRAFT_CUBLAS names ", files[0], ", which cannot be opened")
+               : concat("libcublas.so.13 or .12 was not found in ", files.size(),
+                        " places (install the CUDA toolkit's, or PyTorch's package nvidia-cublas, "
+                        "or name the file in GRAFT_CUBLAS)");
   return false;
 }
 
@@ -145,6 +147,10 @@ const CublasFunctions* cublas_functions(std::string* reason) {
   static std::string failure;
   static const CublasFunctions* opened = []() -> const CublasFunctions* {
     static CublasFunctions functions;
+    if (const char* chosen = std::getenv("GRAFT_CUBLAS"); chosen && !std::strcmp(chosen, "none")) {
+      failure = "GRAFT_CUBLAS is none";
+      return nullptr;
+    }
     return open_cublas(functions, failure) ? &functions : nullptr;
   }();
   if (!opened && reason) *reason = failure;

@@ -39,9 +39,9 @@ struct CublasLtFunctions {
   decltype(&cublasLtMatmul) matmul = nullptr;
 };
 
-// The library, opened on the first call: GRAFT_CUBLAS where it is set (a file), else that of the
-// toolkit, of the loader's path, or of PyTorch's packages. Null where there is none; then `reason`
-// says where it was looked for (may be null).
+// The library, opened on the first call: GRAFT_CUBLAS where it is set (a file, or "none"), else
+// that of the toolkit, of the loader's path, or of PyTorch's packages. Null where there is none:
+// products are then those of own_gemm.h, and `reason` says where it was looked for (may be null).
 const CublasFunctions* cublas_functions(std::string* reason);
 // Null where cublasLt is not beside the cuBLAS that was opened: products then go by cublasGemmEx.
 const CublasLtFunctions* cublas_lt_functions();

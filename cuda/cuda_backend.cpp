@@ -59,8 +59,7 @@ std::string why_not() {
   if (device.major < 8)
     return concat(device.name, " has compute capability ", device.major, ".", device.minor,
                   ", graft's kernels need 8.0");
-  std::string reason;
-  return cublas_functions(&reason) ? "" : reason;
+  return "";
 }
 
 }  // namespace
@@ -70,6 +69,8 @@ bool cuda_available(std::string* reason) {
   if (reason) *reason = why;
   return why.empty();
 }
+
+bool cuda_has_cublas(std::string* reason) { return cublas_functions(reason) != nullptr; }
 
 Backend& cuda_backend() {
   std::string reason;
@@ -90,7 +91,11 @@ RawMemory& cuda_memory() {
 CudaBackend::CudaBackend() {
   CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   staging_ = Staging(stream_);
-  const CublasFunctions& cublas = *cublas_functions(nullptr);
+  if (cublas_functions(nullptr)) open_cublas(*cublas_functions(nullptr));
+  plans_ = std::make_unique<GemmPlans>(cublas_lt_functions(), stream_, workspace_);
+}
+
+void CudaBackend::open_cublas(const CublasFunctions& cublas) {
   cublasStatus_t status = cublas.create(&cublas_);
   CHECK(status == CUBLAS_STATUS_SUCCESS, cublas_error("cublasCreate", status));
   status = cublas.set_stream(cublas_, stream_);
@@ -101,7 +106,12 @@ CudaBackend::CudaBackend() {
   workspace_ = Tensor::empty({kWorkspaceBytes}, DType::U8, Device::CUDA, Scope::Scratch);
   status = cublas.set_workspace(cublas_, workspace_.raw(), size_t(kWorkspaceBytes));
   CHECK(status == CUBLAS_STATUS_SUCCESS, cublas_error("cublasSetWorkspace", status));
-  plans_ = std::make_unique<GemmPlans>(cublas_lt_functions(), stream_, workspace_);
+  uses_cublas_ = true;
+}
+
+void CudaBackend::use_cublas(bool use) {
+  CHECK(!use || cublas_, "cuda: no cuBLAS was found, so that products are graft's own");
+  uses_cublas_ = use;
 }
 
 CudaBackend::~CudaBackend() = default;  // the process ends with it
@@ -118,8 +128,10 @@ std::string CudaBackend::describe() const {
   CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
   return concat(device.name, ", ", device.totalGlobalMem >> 20, " MiB, ",
                 device.multiProcessorCount, " multiprocessors, compute capability ", device.major,
-                ".", device.minor, "; cuBLAS from ", cublas_functions(nullptr)->path,
-                cublas_lt_functions() ? "" : ", without cublasLt");
+                ".", device.minor, "; ",
+                !uses_cublas_ ? "graft's own GEMM"
+                              : concat("cuBLAS from ", cublas_functions(nullptr)->path,
+                                       cublas_lt_functions() ? "" : ", without cublasLt"));
 }
 
 }  // namespace graft

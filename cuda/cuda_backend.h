@@ -14,6 +14,9 @@ namespace graft {
 Backend& cuda_backend();
 // Whether this build and this machine can run CUDA kernels; if not, why (reason may be null).
 bool cuda_available(std::string* reason);
+// Whether products are cuBLAS's; if not, they are graft's own (own_gemm.h), and `reason` says why
+// (may be null).
+bool cuda_has_cublas(std::string* reason);
 // Where allocator_of(Device::CUDA) gets its memory. Throws as cuda_backend does.
 RawMemory& cuda_memory();
 // Fills y (dense, F32 or BF16, on the GPU) with deviation * N(0, 1): what random_model draws on the

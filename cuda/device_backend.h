@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "cuda/blas.h"
 #include "cuda/gemm_plan.h"
 #include "cuda/staging.h"
 #include "tensor/backend.h"
@@ -24,6 +25,10 @@ class CudaBackend final : public Backend {
   std::string describe() const override;
   cudaStream_t stream() const { return stream_; }
   GemmPlans& plans() { return *plans_; }
+  // Products by cuBLAS, or by own_gemm.h; at first as cuda_has_cublas() says. Error where it is
+  // wanted and there is none.
+  void use_cublas(bool use);
+  bool uses_cublas() const { return uses_cublas_; }
 
   // elementwise.cu
   void fill(Tensor& dst, double value) override;
@@ -38,7 +43,7 @@ class CudaBackend final : public Backend {
   // copy_scaled.cu
   void copy_scaled(std::span<const ScaledCopy> copies) override;
 
-  // gemm.cu (over blas.h)
+  // gemm.cu (over blas.h or own_gemm.h)
   void gemm(Tensor& c, std::span<const GemmTerm> terms, const Tensor& addend,
             const Tensor& bias) override;
 
@@ -104,6 +109,8 @@ class CudaBackend final : public Backend {
   void upload(void* device, const void* from, size_t bytes);
 
  private:
+  void open_cublas(const CublasFunctions& cublas);
+
   // A device copy of an I32 tensor that may lie on the CPU (token ids, cu_seqlens); a tensor that
   // is on the device already is returned as it is. elementwise.cu.
   Tensor on_device(const Tensor& indices);
@@ -113,7 +120,7 @@ class CudaBackend final : public Backend {
 
   // One product of a gemm; addend and bias as there. gemm.cu.
   void add_product(Tensor& c, const GemmTerm& term, const Tensor& addend, const Tensor& bias);
-  // c = beta c + alpha op(a) op(b) by cublasGemmEx, a and b of one dtype.
+  // c = beta c + alpha op(a) op(b) by cublasGemmEx, or by own_gemm; a and b of one dtype.
   void add_product_in_place(Tensor& c, const GemmTerm& term, float beta);
 
   struct TileList {
@@ -129,8 +136,9 @@ class CudaBackend final : public Backend {
   cudaStream_t side_stream_ = nullptr;  // for uploads while stream_ is captured
   bool capturing_ = false;
   Tensor scalars_;  // one StepScalars, read by captured steps
-  cublasHandle_t cublas_ = nullptr;
-  Tensor workspace_;  // cuBLAS's and cublasLt's: all products run on one stream
+  bool uses_cublas_ = false;
+  cublasHandle_t cublas_ = nullptr;  // null where there is no cuBLAS
+  Tensor workspace_;                 // cuBLAS's and cublasLt's: all products run on one stream
   std::unique_ptr<GemmPlans> plans_;
   std::vector<TileList> tile_lists_;
 };

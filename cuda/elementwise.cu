@@ -189,6 +189,9 @@ void CudaBackend::copy(Tensor& dst, const Tensor& src) {
         src.shape());
   if (dst.num_elements() == 0) return;
   const bool to_host = dst.device() == Device::CPU, from_host = src.device() == Device::CPU;
+  // A graph would read the same memory again in every step, whatever is there by then.
+  CHECK(!capturing_ || !(to_host || from_host), "copy: a step that is captured copies ",
+        dst.shape(), to_host ? " to" : " from", " the host; copy before or after it");
   const bool dense = dst.is_contiguous() && src.is_contiguous();
   const size_t bytes = size_t(dst.num_bytes());
   if (dst.dtype() == src.dtype()) {

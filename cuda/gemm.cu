@@ -1,9 +1,11 @@
 // Products of matrices by cuBLAS: by cublasLt (gemm_plan.h) where it has an algorithm, which adds
-// c, an addend apart from c and a bias in one pass; else by cublasGemmEx and passes of our own. The
-// ladder of products by hand is beside it (gemm_by_hand.cu).
+// c, an addend apart from c and a bias in one pass; else by cublasGemmEx and passes of our own.
+// Where there is no cuBLAS, by own_gemm.cu and the same passes. The ladder of products by hand is
+// beside it (gemm_by_hand.cu).
 #include "cuda/blas.h"
 #include "cuda/device_backend.h"
 #include "cuda/device_utils.cuh"
+#include "cuda/own_gemm.h"
 
 namespace graft {
 namespace {
@@ -56,6 +58,7 @@ void fill_with_bias(Tensor& c, const Tensor& addend, const Tensor& bias, cudaStr
 
 // Row-major c = op(a) op(b) is column-major c^T = op(b)^T op(a)^T, with every matrix as it lies.
 void CudaBackend::add_product_in_place(Tensor& c, const GemmTerm& term, float beta) {
+  if (!uses_cublas_) return own_gemm(c, term, beta, stream_);
   const Tensor &a = term.a, &b = term.b;
   const int64_t m = c.num_rows(), n = c.cols(), k = term.transpose_a ? a.num_rows() : a.cols();
   const float alpha = float(term.alpha);
@@ -79,7 +82,7 @@ void CudaBackend::add_product(Tensor& c, const GemmTerm& term, const Tensor& add
   CHECK(c.dtype() == term.a.dtype() || c.dtype() == DType::F32,
         "gemm: ", dtype_name(term.a.dtype()), " operands into ", dtype_name(c.dtype()),
         ", wanted that dtype or F32");
-  if (plans_->multiply(c, product, addend, bias)) return;
+  if (uses_cublas_ && plans_->multiply(c, product, addend, bias)) return;
   if (bias.defined())
     fill_with_bias(c, addend, bias, stream_);
   else if (addend.defined() && addend.raw() != c.raw())

@@ -224,6 +224,7 @@ void GemmPlans::use_file(const std::string& path, const std::string& device, boo
   plans_.clear();
   file_.reset();
   tune_ = tune && lt_;
+  if (tune && !lt_) say("tune: there is no cublasLt here, so that nothing is to be timed");
   if (!path.empty() && lt_)
     file_ = std::make_unique<GemmPlanFile>(path, device, lt_->version(), say);
 }

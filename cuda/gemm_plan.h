@@ -42,7 +42,7 @@ class GemmPlans {
   // From here on the choices in `path` hold, where they were made for `device` and this cublasLt;
   // with `tune`, shapes that it lacks are chosen by timing and added to it. Without a file (an
   // empty path) the choice is the library's first, which the shape alone decides. Drops all plans.
-  //   say  gets one line where a file was left out, and why
+  //   say  gets one line where a file was left out, and why, or where there is nothing to time
   void use_file(const std::string& path, const std::string& device, bool tune,
                 const std::function<void(const std::string&)>& say);
 

@@ -37,6 +37,26 @@ __device__ inline int chunk_place(int r, int c) {
   return (r * kChunks + (kSwizzled ? c ^ (r / 2 % kChunks) : c)) * 8;
 }
 
+// A tile of an operand that lies transposed: kDepth lines of K, kRows elements each. ldmatrix.trans
+// reads one chunk of 8 lines, so chunk c of line k lies at c ^ (k % 8).
+template <int kRows>
+__device__ inline int chunk_place_in_k_lines(int k, int c) {
+  static_assert(kRows % 64 == 0);
+  return (k * (kRows / 8) + (c ^ (k % 8))) * 8;
+}
+
+// 16 rows of a tile (of kRows) from `row` on, 16 of K from 16 kk on, as a or b of mma.sync.
+template <int kRows, bool kSwizzled, bool kKLines>
+__device__ inline void load_fragment(uint32_t (&to)[4], const bf16* tile, int row, int kk) {
+  const int lane = int(threadIdx.x) % 32;
+  if constexpr (kKLines)
+    ptx::ldmatrix_x4_trans(to,
+                           tile + chunk_place_in_k_lines<kRows>(kk * 16 + lane / 16 * 8 + lane % 8,
+                                                                row / 8 + lane / 8 % 2));
+  else
+    ptx::ldmatrix_x4(to, tile + chunk_place<kSwizzled>(row + lane % 16, kk * 2 + lane / 16));
+}
+
 // Where the calling warp's part of the block's tile begins.
 template <class Tile>
 __device__ inline int warp_row() {
@@ -47,23 +67,21 @@ __device__ inline int warp_col() {
   return int(threadIdx.x) / 32 % (Tile::kN / Tile::kWarpN) * Tile::kWarpN;
 }
 
-// sum += the warp's part of tile_a (kM, kDepth) * tile_b (kN, kDepth)^T.
-template <class Tile, bool kSwizzled>
+// sum += the warp's part of tile_a (kM, kDepth) * tile_b (kN, kDepth)^T; kKLinesA, kKLinesB: that
+// tile is (kDepth, kM) or (kDepth, kN).
+template <class Tile, bool kSwizzled, bool kKLinesA = false, bool kKLinesB = false>
 __device__ inline void multiply_tiles(Accumulator<Tile>& sum, const bf16* tile_a,
                                       const bf16* tile_b) {
   constexpr int kRows = Tile::kWarpM / 16, kPairs = Tile::kWarpN / 16;
-  const int lane = int(threadIdx.x) % 32, row = lane % 16, chunk = lane / 16;
 #pragma unroll
   for (int kk = 0; kk < kDepth / 16; ++kk) {
     uint32_t a[kRows][4], b[kPairs][4];
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
-      ptx::ldmatrix_x4(
-          a[i], tile_a + chunk_place<kSwizzled>(warp_row<Tile>() + i * 16 + row, kk * 2 + chunk));
+      load_fragment<Tile::kM, kSwizzled, kKLinesA>(a[i], tile_a, warp_row<Tile>() + i * 16, kk);
 #pragma unroll
     for (int j = 0; j < kPairs; ++j)
-      ptx::ldmatrix_x4(
-          b[j], tile_b + chunk_place<kSwizzled>(warp_col<Tile>() + j * 16 + row, kk * 2 + chunk));
+      load_fragment<Tile::kN, kSwizzled, kKLinesB>(b[j], tile_b, warp_col<Tile>() + j * 16, kk);
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll

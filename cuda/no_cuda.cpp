@@ -8,6 +8,7 @@ bool cuda_available(std::string* reason) {
   return false;
 }
 
+bool cuda_has_cublas(std::string* reason) { return cuda_available(reason); }
 Backend& cuda_backend() { fail("cuda: this build has no CUDA; run on the CPU (device: cpu)"); }
 RawMemory& cuda_memory() { fail("cuda: this build has no CUDA; run on the CPU (device: cpu)"); }
 void cuda_fill_normal(Tensor&, uint64_t, uint32_t, double) { cuda_backend(); }

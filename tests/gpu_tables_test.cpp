@@ -66,6 +66,10 @@ TEST(GpuTables, ReplaceOnlyWhatStandsBetweenTheirMarkers) {
   const std::string once = with_tables(page, results);
   EXPECT_EQ(with_tables(once, results), once);
   EXPECT_NE(once.find("**NVIDIA X1** (2030-01-02, commit abc, driver 580.1)"), std::string::npos);
+  std::vector<Json> own = results;
+  own[0]["step"]["cublas"] = false;
+  EXPECT_NE(with_tables(page, own).find("driver 580.1, without cuBLAS: products by graft's own"),
+            std::string::npos);
   EXPECT_THROW(with_tables("no markers", results), Error);
   EXPECT_THROW(with_tables("<!-- gpu -->\nnot closed", results), Error);
 }

@@ -10,7 +10,10 @@ Device choose_device(TrainOptions::DeviceChoice choice,
                      const std::function<void(const std::string&)>& say) {
   if (choice == TrainOptions::DeviceChoice::Cpu) return Device::CPU;
   std::string reason;
-  if (cuda_available(&reason)) return Device::CUDA;
+  if (cuda_available(&reason)) {
+    if (!cuda_has_cublas(&reason)) say(concat("no cuBLAS: ", reason, "; using graft's own GEMM"));
+    return Device::CUDA;
+  }
   CHECK(choice == TrainOptions::DeviceChoice::Auto, "device: cuda was asked for, but ", reason,
         "; use device: cpu, or auto");
   say(concat("device: cpu (", reason, ")"));

@@ -10,7 +10,7 @@
 namespace graft {
 
 // auto takes a usable GPU, else `say` gets one line with the reason and it is the CPU. cuda without
-// a usable GPU is an Error.
+// a usable GPU is an Error. A GPU without cuBLAS can be used; `say` gets a line about that, too.
 Device choose_device(TrainOptions::DeviceChoice choice,
                      const std::function<void(const std::string&)>& say);
 

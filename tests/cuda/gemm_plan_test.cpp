@@ -26,6 +26,7 @@ class GemmPlan : public testing::Test {
   void SetUp() override {
     std::string reason;
     if (!cuda_available(&reason)) GTEST_SKIP() << reason;
+    if (!cublas_lt_functions()) GTEST_SKIP() << "there is no cublasLt";
     folder_ = fs::temp_directory_path() / concat("graft_plan_", getpid());
     fs::create_directories(folder_);
   }

@@ -11,6 +11,7 @@
 #include <sstream>
 
 #include "autograd/tape.h"
+#include "cuda/blas.h"
 #include "cuda/cuda_backend.h"
 #include "models/weights.h"
 #include "nn/lora.h"
@@ -256,10 +257,11 @@ double distance(const std::map<std::string, Tensor>& got,
 }
 
 // Through two layers BF16 rounds some fifty times, and the plain composition itself strays from
-// F32. No layout may stray further, but for chance: bordered rounds less often.
-TEST_F(LoraLayouts, AreInBf16AsNearToF32AsThePlainOne) {
+// F32. Merged rounds as it does and may differ by chance; bordered rounds once for base and adapter
+// (in plain u, du and every term of a product are rounded) and must be nearer to F32 than plain.
+TEST_F(LoraLayouts, AreInBf16AsNearToF32AsTheirRoundingsAllow) {
   for (const Case& test : cases()) {
-    std::map<std::string, Tensor> want;
+    std::map<std::string, Tensor> want, loops;
     {
       const UseReferenceBackend reference;
       const auto model = make_model(test, DType::F32, Device::CPU, LoraLayout::Plain);
@@ -270,20 +272,25 @@ TEST_F(LoraLayouts, AreInBf16AsNearToF32AsThePlainOne) {
       } round;
       model->visit("", round);  // the weights that BF16 has
       want = step(*model);
+      loops = step(*make_model(test, DType::BF16, Device::CPU, LoraLayout::Plain));
     }
-    // What BF16 costs by itself, on the CPU.
-    double plain = 0,
-           cpu =
-               distance(step(*make_model(test, DType::BF16, Device::CPU, LoraLayout::Plain)), want);
-    for (LoraLayout layout : kLayouts) {
-      const double error =
-          distance(step(*make_model(test, DType::BF16, Device::CUDA, layout)), want);
-      if (layout == LoraLayout::Plain) plain = error;
-      EXPECT_GT(error, 0);
-      EXPECT_LT(error, 1.25 * plain) << test.name << ", " << name_of(layout);
-      // The device rounds u, du and every term of a product to BF16; the CPU keeps them in F32.
-      EXPECT_LT(error, 1.5 * cpu) << test.name << ", " << name_of(layout);
-    }
+    const auto stray = [&](LoraLayout layout) {
+      const auto got = step(*make_model(test, DType::BF16, Device::CUDA, layout));
+      expect_close(got.at("loss"), want.at("loss"), 2e-2, concat(test.name, ", ", name_of(layout)));
+      return distance(got, want);
+    };
+    const double plain = stray(LoraLayout::Plain), merged = stray(LoraLayout::Merged),
+                 bordered = stray(LoraLayout::Bordered);
+    // What BF16 costs by itself: plain loops, and the CPU's fast kernels.
+    const double by_loops = distance(loops, want);
+    const double by_cpu =
+        distance(step(*make_model(test, DType::BF16, Device::CPU, LoraLayout::Plain)), want);
+    EXPECT_GT(bordered, 0) << test.name;
+    EXPECT_LT(plain, 1.5 * by_cpu) << test.name;
+    EXPECT_LT(merged, 1.5 * by_cpu) << test.name;
+    EXPECT_LT(merged, 1.25 * plain) << test.name;
+    EXPECT_LT(bordered, plain) << test.name;
+    EXPECT_LT(bordered, 1.25 * by_loops) << test.name;
   }
 }
 
@@ -437,6 +444,7 @@ TEST_F(LayoutRuns, LoseAsThePlainOneDoes) {
 }
 
 TEST_F(LayoutRuns, RepeatATunedRunByItsPlan) {
+  if (!cublas_lt_functions()) GTEST_SKIP() << "there is no cublasLt";
   TrainOptions first = options(DType::F32, LoraLayout::Bordered, "first");
   first.tune = true;
   finetune(first);

@@ -1,10 +1,11 @@
 // Every row of the table of ops (tests/op_cases.h) on the device, against the reference backend on
 // the CPU: forward and all gradients, every needs mask, the same bytes twice, inputs unchanged, no
-// byte live after backward.
+// byte live after backward; and the rows with products once more without cuBLAS.
 #include <gtest/gtest.h>
 
 #include "autograd/tape.h"
 #include "cuda/cuda_backend.h"
+#include "cuda/device_backend.h"
 #include "tests/op_cases.h"
 #include "tests/tolerance.h"
 
@@ -52,10 +53,11 @@ class EveryOpOnCuda : public testing::TestWithParam<size_t> {
   OpCase at(const OpSizes& sizes) const { return op_cases(sizes)[GetParam()]; }
 };
 
-TEST_P(EveryOpOnCuda, AgreesWithTheReference) {
+void expect_the_references(const std::function<OpCase(const OpSizes&)>& at,
+                           const std::vector<OpSizes>& all_sizes) {
   const OpDtypes all[] = {
       kF32, kBF16, {DType::F32, DType::BF16}, {DType::F32, DType::F16}, {DType::BF16, DType::F32}};
-  for (const OpSizes& sizes : {kTinySizes, kRaggedSizes, kWideSizes}) {
+  for (const OpSizes& sizes : all_sizes) {
     const OpCase op = at(sizes);
     for (const OpDtypes& dtypes : all) {
       const Result device = run_case(Device::CUDA, op, dtypes, full_mask(op));
@@ -69,6 +71,11 @@ TEST_P(EveryOpOnCuda, AgreesWithTheReference) {
         expect_close(device.grads[k], plain.grads[k], tolerance, concat(what, ", d input ", k));
     }
   }
+}
+
+TEST_P(EveryOpOnCuda, AgreesWithTheReference) {
+  expect_the_references([&](const OpSizes& sizes) { return at(sizes); },
+                        {kTinySizes, kRaggedSizes, kWideSizes});
 }
 
 TEST_P(EveryOpOnCuda, EveryNeedsMaskGivesTheGradientsOfTheFullOne) {
@@ -115,10 +122,44 @@ TEST_P(EveryOpOnCuda, LeavesItsInputsAsTheyWere) {
   }
 }
 
+std::string name_of_case(const testing::TestParamInfo<size_t>& info) {
+  return op_cases(kTinySizes)[info.param].name;
+}
 INSTANTIATE_TEST_SUITE_P(Ops, EveryOpOnCuda, testing::Range<size_t>(0, op_cases(kTinySizes).size()),
-                         [](const testing::TestParamInfo<size_t>& info) {
-                           return op_cases(kTinySizes)[info.param].name;
-                         });
+                         name_of_case);
+
+class EveryProductWithoutCublas : public EveryOpOnCuda {
+ protected:
+  void SetUp() override {
+    EveryOpOnCuda::SetUp();
+    if (IsSkipped()) return;
+    used_ = backend().uses_cublas();
+    backend().use_cublas(false);
+  }
+  void TearDown() override {
+    if (used_) backend().use_cublas(true);
+  }
+  static CudaBackend& backend() { return static_cast<CudaBackend&>(cuda_backend()); }
+  bool used_ = false;
+};
+
+// Products of several tiles: own_gemm_test.cpp.
+TEST_P(EveryProductWithoutCublas, AgreesWithTheReference) {
+  expect_the_references([&](const OpSizes& sizes) { return at(sizes); },
+                        {kTinySizes, kRaggedSizes});
+}
+
+std::vector<size_t> cases_with_products() {
+  std::vector<size_t> found;
+  const std::vector<OpCase> all = op_cases(kTinySizes);
+  for (size_t i = 0; i < all.size(); ++i)
+    if (all[i].name.find("linear") != std::string::npos ||
+        all[i].name.find("lora") != std::string::npos)
+      found.push_back(i);
+  return found;
+}
+INSTANTIATE_TEST_SUITE_P(Ops, EveryProductWithoutCublas, testing::ValuesIn(cases_with_products()),
+                         name_of_case);
 
 }  // namespace
 }  // namespace graft

@@ -4,7 +4,9 @@
 
 #include <cstdlib>
 #include <filesystem>
+#include <functional>
 
+#include "cuda/blas.h"
 #include "cuda/cuda_backend.h"
 #include "tests/tiny_run.h"
 #include "train/finetune.h"
@@ -75,9 +77,13 @@ class CudaTraining : public TinyRun {
     // Two steps of one signature and one of another, over and over: S T S | S T S | ...
     const TrainData data{rows({5, 9, 7, 3, 5, 9}), rows({4, 6})};
     o.eval_steps = 4;
-    o.output_dir = path("plain");
+    const auto into = [&](const std::string& output_dir) {
+      o.output_dir = path(output_dir);
+      if (!plan_.empty()) write(output_dir + "/gemm_plan.json", plan_);
+    };
+    into("plain");
     const TrainResult plain = finetune(o, data);
-    o.output_dir = path("graphs");
+    into("graphs");
     o.cuda_graph = true;
 #if defined(CUDA_EMU)
     const uint64_t launches = emu::stats().graph_launches;
@@ -94,6 +100,7 @@ class CudaTraining : public TinyRun {
     EXPECT_EQ(read("graphs/" + file), read("plain/" + file));
     EXPECT_GT(read("plain/" + file).size(), 1000u);
   }
+  std::string plan_;  // of products, that both find in their folders
 };
 
 TEST_F(CudaTraining, GraphsGiveTheSameBytes) {
@@ -111,6 +118,71 @@ TEST_F(CudaTraining, GraphsGiveTheSameBytesForAllWeights) {
   TrainOptions o = options("", 7);
   o.method = TrainOptions::Method::Full;
   expect_same_with_graphs(o, "model.safetensors");
+}
+
+TEST_F(CudaTraining, GraphsGiveTheSameBytesForMergedProducts) {
+  TrainOptions o = options("", 7);
+  o.lora_layout = LoraLayout::Merged;
+  expect_same_with_graphs(o, "adapter_model.safetensors");
+}
+
+// The borders are written anew within the step that is captured.
+TEST_F(CudaTraining, GraphsGiveTheSameBytesForBorderedProductsWithCheckpointing) {
+  TrainOptions o = options("", 7);
+  o.lora_layout = LoraLayout::Bordered;
+  o.lora.lora_dropout = 0;
+  o.dtype = DType::BF16;
+  o.gradient_checkpointing = true;
+  expect_same_with_graphs(o, "adapter_model.safetensors");
+}
+
+TEST_F(CudaTraining, GraphsGiveTheSameBytesForBatchesOfRowsOfUnequalLength) {
+  TrainOptions o = options("", 4);  // {5, 9 | 7, 3}, {5, 9} and again
+  o.per_device_train_batch_size = 2;
+  expect_same_with_graphs(o, "adapter_model.safetensors");
+}
+
+// Products are timed in the steps that are not captured, and every shape comes in one of those.
+TEST_F(CudaTraining, GraphsGiveTheSameBytesByATunedPlan) {
+  if (!cublas_lt_functions()) GTEST_SKIP() << "there is no cublasLt";
+  TrainOptions o = options("tuned", 7);
+  o.lora_layout = LoraLayout::Bordered;
+  o.lora.lora_dropout = 0;
+  o.tune = true;
+  o.cuda_graph = true;
+  finetune(o, {rows({5, 9, 7, 3, 5, 9}), {}});
+  plan_ = read("tuned/gemm_plan.json");
+  ASSERT_GT(nlohmann::json::parse(plan_)["products"].size(), 20u);
+  o.cuda_graph = false;
+  expect_same_with_graphs(o, "adapter_model.safetensors");
+  EXPECT_EQ(read("graphs/adapter_model.safetensors"), read("tuned/adapter_model.safetensors"));
+  // Of the evaluation's products some may be new to it; those of the steps are not.
+  o.output_dir = path("steps");
+  write("steps/gemm_plan.json", plan_);
+  o.cuda_graph = true;
+  finetune(o, {rows({5, 9, 7, 3, 5, 9}), {}});
+  EXPECT_EQ(read("steps/gemm_plan.json"), plan_);
+}
+
+TEST_F(CudaTraining, AResumedRunWithGraphsEndsWithTheBytesOfAnUnbrokenOneWithout) {
+  const TrainData data{rows({5, 9, 7, 3, 5, 9}), {}};
+  finetune(options("plain", 7), data);
+  TrainOptions o = options("graphs", 7);
+  o.cuda_graph = true;
+  o.save_steps = 2;
+  finetune(o, data);
+  // As if it had died in step 4. What is left is S | S T S | S: the second S is captured.
+  for (const char* name : {"adapter_model.safetensors", "checkpoint-4", "checkpoint-6"})
+    ASSERT_GT(fs::remove_all(path("graphs/" + std::string(name))), 0u) << name;
+  o.resume = true;
+#if defined(CUDA_EMU)
+  const uint64_t launches = emu::stats().graph_launches;
+#endif
+  EXPECT_EQ(finetune(o, data).losses.size(), 5u);
+#if defined(CUDA_EMU)
+  EXPECT_EQ(emu::stats().graph_launches - launches, 3u);
+#endif
+  EXPECT_EQ(read("graphs/adapter_model.safetensors"), read("plain/adapter_model.safetensors"));
 }
 
 #if defined(CUDA_EMU)
@@ -219,7 +291,7 @@ class CudaStepGraphs : public CudaTraining {
                   Tensor bytes = Tensor::empty({here.num_tokens << 20}, DType::U8, Device::CUDA);
                   backend_of(bytes).fill(bytes, 0);
                   backend_of(first_id_).copy(first_id_, here.batches[0].input_ids.slice_rows(0, 1));
-                  if (keeps_) kept_ = bytes;
+                  if (also_) also_(bytes);
                 });
     EXPECT_EQ(first_id_.item(), step_);  // this step's inputs, also in a replay
   }
@@ -237,7 +309,7 @@ class CudaStepGraphs : public CudaTraining {
 
   StepGraphs graphs_;
   Tensor first_id_, kept_;
-  bool keeps_ = false;
+  std::function<void(Tensor&)> also_;
   int64_t step_ = 0;
 };
 
@@ -270,8 +342,22 @@ TEST_F(CudaStepGraphs, MakeRoomForAStepThatNeedsIt) {
 
 TEST_F(CudaStepGraphs, RefuseAStepThatLeavesSomethingInThePool) {
   run(4);
-  keeps_ = true;
+  also_ = [&](Tensor& bytes) { kept_ = bytes; };
   EXPECT_THROW(run(4), Error);
+}
+
+// It would read the bytes of the capture in every launch.
+TEST_F(CudaStepGraphs, RefuseAStepThatCopiesFromOrToTheHost) {
+  const Tensor host = Tensor::zeros({4}, DType::F32);
+  also_ = [&](Tensor&) { host.to(Device::CUDA); };
+  run(4);
+  EXPECT_THROW(run(4), Error);
+  also_ = [&](Tensor& bytes) { bytes.slice_rows(0, 1).to(Device::CPU); };
+  EXPECT_THROW(run(4), Error);
+  also_ = nullptr;  // and the stream is as before
+  run(4);
+  run(4);
+  expect_counts(1, 1, 1);
 }
 
 TEST_F(CudaTraining, TheBinarySaysSoAndEndsWithOne) {
