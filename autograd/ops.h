@@ -40,6 +40,22 @@ struct LoraArguments {
 Variable lora_linear(const Variable& x, const Variable& weight, const Variable& bias,
                      const LoraArguments& lora);
 
+// DoRA (Liu et al. 2024) on a frozen layer: the rows of W + scaling B A, of lengths `norm`, get the
+// lengths m, a leaf (N):
+//   h = x W^T + scaling u B^T, u = x A^T      g = m / norm (0 where norm is 0)      y = g h + b
+//   dh = g dy      dm = sum_t dy h / norm     and from dh what lora_linear makes from dy
+// norm is a constant to the gradient, as in the paper and in PEFT. With dropout, PEFT's base
+// product under g sees drop(x) too, which takes a second product here and in the backward:
+//   h = drop(x) W^T + scaling u B^T, u = drop(x) A^T      y = g h + (x - drop(x)) W^T + b
+// Without bias and dropout y is kept for dm, which a consumer may keep as well: dm = sum_t dy y /
+// m, and 0 where m is 0. Else h is.
+struct DoraFactor {
+  Variable magnitude;  // m
+  Tensor norm;         // (N) F32 (F64): whoever changes A or B brings it up to date (nn/dora.h)
+};
+Variable dora_linear(const Variable& x, const Variable& weight, const Variable& bias,
+                     const LoraArguments& lora, const DoraFactor& dora);
+
 // Frozen linear layers that share their input, each with an adapter or none, as one product. In the
 // columns of layer i, y is what lora_linear gives for it; dropout has a mask for each layer.
 //   bordered  undefined; or (N + R, K + R) of x's dtype, R = border_columns(): [W | B] above [A |
@@ -86,7 +102,11 @@ Variable attention(const Variable& q, const Variable& k, const Variable& v,
 
 // y = silu(gate) up; all (T, I).
 Variable swiglu(const Variable& gate, const Variable& up);
-// The same on the halves of gate_up (T, 2 I); y gets spare columns.
+// swiglu(g1 gate, g2 up) where gate and up are h of DoRA layers (undefined factor: not one): keeps
+// what swiglu keeps, and neither y of the layers nor a pass over it exists.
+Variable dora_swiglu(const Variable& gate, const Variable& up, const DoraFactor& of_gate,
+                     const DoraFactor& of_up);
+// swiglu on the halves of gate_up (T, 2 I); y gets spare columns.
 Variable swiglu_merged(const Variable& gate_up, int64_t spare_cols = 0);
 
 // Attention on the columns of qkv (T, (heads + 2 kv_heads) D): q and k normed by head where there

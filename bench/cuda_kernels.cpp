@@ -164,6 +164,20 @@ void bench_rows(Bench& bench, const Sizes& s) {
   Tensor dgate = on_gpu({s.T, s.I}), dup = on_gpu({s.T, s.I});
   bench.measure("swiglu_backward", inner, 10 * TI, 0,
                 [&] { backend.swiglu_backward(dgate, dup, h, gate, up); });
+
+  // DoRA: beside every projection but gate and up, and in the place of SwiGLU.
+  const DoraScale of_x{on_gpu({s.H}, DType::F32), on_gpu({s.H}, DType::F32)};
+  const DoraScale of_inner{on_gpu({s.I}, DType::F32), on_gpu({s.I}, DType::F32)};
+  Tensor dm = on_gpu({s.H}, DType::F32), dm_gate = on_gpu({s.I}, DType::F32),
+         dm_up = on_gpu({s.I}, DType::F32);
+  bench.measure("dora_scale", shape, 4 * TH, 0, [&] { backend.dora_scale(y, y, of_x, {}, false); });
+  bench.measure("dora_scale_backward", shape, 6 * TH, 0,
+                [&] { backend.dora_scale_backward(dx, dm, dx, y, of_x, true); });
+  bench.measure("dora_swiglu_forward", inner, 6 * TI, 0,
+                [&] { backend.dora_swiglu_forward(h, gate, up, of_inner, of_inner); });
+  bench.measure("dora_swiglu_backward", inner, 10 * TI, 0, [&] {
+    backend.dora_swiglu_backward(dgate, dup, dm_gate, dm_up, h, gate, up, of_inner, of_inner);
+  });
 }
 
 // `count` row numbers below `rows`, in any order, some of them twice.

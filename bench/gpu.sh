@@ -118,15 +118,17 @@ step_row() {
   printf '%s\n' "$line" >>"$rows"
   case $line in *'"error"'*) return 1 ;; esac
 }
-graft_step() {  # MODEL BATCH: without checkpointing, and with it where memory does not suffice
-  local command="$bin/bench/train_step bench/models/$1.json --device cuda --seq $sequence --batch $2 ${STEP_ARGS:---steps 7}"
+graft_step() {  # MODEL BATCH METHOD: without checkpointing, and with it where memory does not suffice
+  local command="$bin/bench/train_step bench/models/$1.json --device cuda --seq $sequence --batch $2 --method $3 ${STEP_ARGS:---steps 7}"
   step_row 90 $command && return
   case $(tail -n 1 "$rows") in *"out of memory"*) step_row 90 $command --checkpoint && return ;; esac
   failed=1
 }
 part_step() {
   for batch in 8 1; do
-    for model in $models; do graft_step $model $batch; done
+    for method in lora dora; do
+      for model in $models; do graft_step $model $batch $method; done
+    done
   done
 }
 
@@ -142,12 +144,14 @@ part_peers() {
     for batch in 8 1; do
       for model in $models; do
         [ $((end - SECONDS)) -gt 60 ] || { echo "no time left from round $round, $model, batch $batch on"; return; }
-        graft_step $model $batch
+        graft_step $model $batch lora
         command="$python bench/peft_step.py bench/models/$model.json --device cuda --seq $sequence --batch $batch --steps 5"
         for setting in $settings; do
           step_row 90 $command --attn $setting
           if [ "${COMPILE:-0}" = 1 ]; then step_row 200 $command --attn $setting --compile; fi
         done
+        graft_step $model $batch dora
+        step_row 90 $command --method dora
       done
     done
   done

@@ -58,12 +58,14 @@ struct StepRuns {
   }
 };
 
-// Model, tokens, checkpoint; in the order of the first row of each.
+// Model (and the method, where that is not LoRA), tokens, checkpoint; in the order of the first row
+// of each.
 using StepCase = std::tuple<std::string, int64_t, bool>;
 
 inline StepCase case_of(const Json& row) {
-  return {row["model"].get<std::string>(), row["seq"].get<int64_t>() * row["batch"].get<int64_t>(),
-          row["checkpoint"].get<bool>()};
+  const std::string method = row.value("method", "lora");
+  return {row["model"].get<std::string>() + (method == "lora" ? "" : ", " + method),
+          row["seq"].get<int64_t>() * row["batch"].get<int64_t>(), row["checkpoint"].get<bool>()};
 }
 
 inline std::string step_line(const StepCase& at, const std::string& who, const StepRuns& runs,

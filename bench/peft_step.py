@@ -1,7 +1,7 @@
 """The peer of train_step: one LoRA training step with PEFT, on the CPU or a GPU. Prints one line of JSON.
 
     peft_step.py MODEL --device cpu --dtype bfloat16 --seq 512 --batch 1 --rank 16 --steps 4 --threads 2
-                 [--attn sdpa|flash_attention_2] [--compile] [--checkpoint]
+                 [--attn sdpa|flash_attention_2] [--compile] [--checkpoint] [--method lora|dora]
 
 MODEL is a directory, or a config.json: then weights are random, made on the device.
 """
@@ -31,6 +31,7 @@ parser.add_argument("--rank", type=int, default=16)
 parser.add_argument("--steps", type=int, default=4)
 parser.add_argument("--threads", type=int, default=0)
 parser.add_argument("--attn", default="sdpa")
+parser.add_argument("--method", default="lora", choices=["lora", "dora"])
 parser.add_argument("--compile", action="store_true")
 parser.add_argument("--checkpoint", action="store_true")
 args = parser.parse_args()
@@ -44,7 +45,7 @@ if args.threads:
     torch.set_num_threads(args.threads)
 torch.manual_seed(0)
 row = {"who": "peft" + ("" if args.attn == "sdpa" else "+" + args.attn) + ("+compile" if args.compile else ""),
-       "model": pathlib.Path(args.model).stem, "device": args.device, "dtype": args.dtype, "seq": args.seq,
+       "method": args.method, "model": pathlib.Path(args.model).stem, "device": args.device, "dtype": args.dtype, "seq": args.seq,
        "batch": args.batch, "checkpoint": args.checkpoint,
        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"}
 
@@ -59,6 +60,7 @@ def make_model():
             model = transformers.AutoModelForCausalLM.from_pretrained(args.model, **options)
         model = peft.get_peft_model(model, peft.LoraConfig(
             r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.0, task_type="CAUSAL_LM",
+            use_dora=args.method == "dora",
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]))
     model.to(args.device)
     model.config.use_cache = False

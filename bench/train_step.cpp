@@ -1,8 +1,8 @@
-// One LoRA training step at a given shape, on the CPU or a GPU, as bench_peers.sh and gpu.sh
-// compare it with PEFT's: takes random tokens, trains, and prints one line of JSON.
+// One training step of LoRA or DoRA at a given shape, on the CPU or a GPU, as bench_peers.sh and
+// gpu.sh compare it with PEFT's: takes random tokens, trains, and prints one line of JSON.
 //   train_step --make CONFIG.json DIR DTYPE     writes a model with random weights
 //   train_step MODEL [--device cpu|cuda] [--dtype bfloat16] [--seq 512] [--batch 1] [--rank 16]
-//              [--steps 4] [--threads 2] [--checkpoint] [--matmul-size 8192]
+//              [--steps 4] [--threads 2] [--checkpoint] [--matmul-size 8192] [--method lora|dora]
 // MODEL is a directory, or a config.json: then weights are random, made on the device.
 #include <unistd.h>
 
@@ -65,7 +65,7 @@ DType dtype_of(const std::string& name) {
 }
 
 struct Arguments {
-  std::string model, dtype = "bfloat16", device = "cpu";
+  std::string model, dtype = "bfloat16", device = "cpu", method = "lora";
   int64_t seq = 512, batch = 1, rank = 16, steps = 4, threads = 0, matmul_size = 8192;
   bool checkpoint = false;
   bool on_gpu() const { return device == "cuda"; }
@@ -87,6 +87,8 @@ Arguments parse(int argc, char** argv) {
       arguments.dtype = value;
     else if (key == "--device")
       arguments.device = value;
+    else if (key == "--method")
+      arguments.method = value;
     else if (key == "--matmul-size")
       arguments.matmul_size = std::stoll(value);
     else if (key == "--seq")
@@ -104,6 +106,8 @@ Arguments parse(int argc, char** argv) {
   }
   CHECK(arguments.device == "cpu" || arguments.on_gpu(), "--device: got ", arguments.device,
         ", expected cpu or cuda");
+  CHECK(arguments.method == "lora" || arguments.method == "dora", "--method: got ",
+        arguments.method, ", expected lora or dora");
   CHECK(arguments.steps > 0, "--steps: got ", arguments.steps, ", wanted 1 or more");
   return arguments;
 }
@@ -149,15 +153,16 @@ Measured train(Decoder& model, const Arguments& arguments) {
   LoraConfig lora;
   lora.r = arguments.rank;
   lora.lora_dropout = 0;
+  lora.use_dora = arguments.method == "dora";
   attach_lora(model, lora, 0);
   std::vector<std::pair<std::string, Variable>> leaves;
   for (const auto& [name, linear] : linear_layers(model)) {
     if (!linear->lora) continue;
-    leaves.emplace_back(name + ".lora_A", linear->lora->a);
-    leaves.emplace_back(name + ".lora_B", linear->lora->b);
+    for (auto& leaf : adapter_leaves(name, *linear->lora)) leaves.push_back(std::move(leaf));
   }
   ParameterBuffer parameters(leaves, arguments.on_gpu() ? Device::CUDA : Device::CPU,
                              Scope::Adapters);
+  if (lora.use_dora) parameters.on_publish([&] { model.refresh_adapters(); });
   const PackedBatch batch = random_batch(arguments, model.config().vocab_size);
   const double labels = double(arguments.batch * (arguments.seq - 1));
 
@@ -198,6 +203,7 @@ nlohmann::ordered_json gpu_memory() {
 
 nlohmann::ordered_json description(const Arguments& arguments) {
   return {{"who", "graft"},
+          {"method", arguments.method},
           {"model", std::filesystem::path(arguments.model).stem().string()},
           {"device", arguments.device},
           {"dtype", arguments.dtype},

@@ -18,8 +18,10 @@ namespace fs = std::filesystem;
 const char* const kConfigFile = "adapter_config.json";
 const char* const kWeightsFile = "adapter_model.safetensors";
 
-std::string tensor_name(const std::string& module, const char* half) {
-  return concat("base_model.model.", module, ".", half, ".weight");
+// By the name of a leaf (adapter_leaves): a magnitude's has no ".weight" on disk.
+std::string tensor_name(const std::string& leaf) {
+  const bool is_magnitude = leaf.ends_with(".lora_magnitude_vector");
+  return concat("base_model.model.", leaf, is_magnitude ? "" : ".weight");
 }
 
 // The tensor as F32, checked against the shape that the model and the config imply.
@@ -44,21 +46,22 @@ void fill_pairs(const std::vector<NamedLinear>& layers, const SafetensorsFile& f
   std::set<std::string> expected;
   for (const auto& [name, linear] : layers) {
     if (!linear->lora) continue;
-    expected.insert(tensor_name(name, "lora_A"));
-    expected.insert(tensor_name(name, "lora_B"));
+    for (const auto& [leaf, variable] : adapter_leaves(name, *linear->lora))
+      expected.insert(tensor_name(leaf));
   }
   for (const auto& entry : file.entries()) {
-    CHECK(!entry.name.ends_with("lora_magnitude_vector"), file.path(), ": tensor '", entry.name,
-          "' belongs to a DoRA adapter, which is not supported yet");
+    CHECK(expected.contains(entry.name) || !entry.name.ends_with(".lora_magnitude_vector"),
+          file.path(), ": tensor '", entry.name,
+          "' has no place: it belongs to a DoRA layer, and adapter_config.json has use_dora false "
+          "or does not target it");
     CHECK(expected.contains(entry.name), file.path(), ": tensor '", entry.name,
           "' has no place in this model with this adapter_config.json; the adapter is refused");
   }
   for (const auto& [name, linear] : layers) {
     if (!linear->lora) continue;
-    for (auto [variable, half] :
-         {std::pair{&linear->lora->a, "lora_A"}, {&linear->lora->b, "lora_B"}}) {
-      Tensor value = variable->value();
-      backend_of(value).copy(value, read_half(file, tensor_name(name, half), value.shape()));
+    for (const auto& [leaf, variable] : adapter_leaves(name, *linear->lora)) {
+      Tensor value = variable.value();
+      backend_of(value).copy(value, read_half(file, tensor_name(leaf), value.shape()));
     }
   }
 }
@@ -89,6 +92,7 @@ LoraConfig load_adapter(Decoder& model, const std::string& directory) {
   try {
     attach_lora(layers, config, 0);
     fill_pairs(layers, file);
+    model.refresh_adapters();
   } catch (const Error& error) {
     for (const auto& layer : layers) layer.linear->lora.reset();  // never half an adapter
     const std::string text = error.what();
@@ -103,8 +107,8 @@ void save_adapter(Decoder& model, const LoraConfig& config, const std::string& d
   const auto layers = linear_layers(model);
   for (const auto& [name, linear] : layers) {
     if (!linear->lora) continue;
-    tensors.push_back({tensor_name(name, "lora_A"), linear->lora->a.value()});
-    tensors.push_back({tensor_name(name, "lora_B"), linear->lora->b.value()});
+    for (const auto& [leaf, variable] : adapter_leaves(name, *linear->lora))
+      tensors.push_back({tensor_name(leaf), variable.value()});
   }
   CHECK(!tensors.empty(), "save_adapter: the model has no adapter");
   fs::create_directories(directory);

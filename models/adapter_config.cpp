@@ -23,6 +23,7 @@ const std::set<std::string> kUnderstood = {"r",
                                            "rank_pattern",
                                            "alpha_pattern",
                                            "use_rslora",
+                                           "use_dora",
                                            "init_lora_weights",
                                            "task_type",
                                            "base_model_name_or_path",
@@ -97,8 +98,6 @@ void check_keys(const Reader& reader) {
         ", expected \"LORA\"");
   for (const auto& [key, value] : reader.json.items()) {
     if (kUnderstood.contains(key) || is_off(value)) continue;
-    if (key == "use_dora")
-      fail(reader.where, ": use_dora is true; DoRA adapters are not supported yet");
     fail(reader.where, ": ", key, " is ", value.dump(),
          ", which is not supported; expected it off or absent, so the adapter is refused rather "
          "than half applied");
@@ -176,6 +175,7 @@ LoraConfig parse_adapter_config(const Json& json, const std::string& where) {
         config.alpha_pattern.emplace_back(pattern, reader.number(key, value));
   }
   config.use_rslora = reader.boolean("use_rslora");
+  config.use_dora = reader.boolean("use_dora");
   read_init(reader, config);
   config.task_type = reader.text("task_type");
   config.base_model_name_or_path = reader.text("base_model_name_or_path");
@@ -219,7 +219,7 @@ std::string format_adapter_config(const LoraConfig& config,
       {"target_modules",
        all_linear ? Json(short_names) : as_names(config.target_modules, config.target_is_regex)},
       {"task_type", or_null(config.task_type)},
-      {"use_dora", false},
+      {"use_dora", config.use_dora},
       {"use_rslora", config.use_rslora},
   };
   if (config.init_lora_weights == LoraConfig::Init::Gaussian)

@@ -158,9 +158,8 @@ Variable Decoder::finish_layer(const DecoderLayer& layer, const Variable& x,
   // A scope of its own: what only the MLP needs is given back before its output is added.
   const Variable mlp = [&] {
     const Variable normed = layer.post_attention_layernorm.forward(middle);
-    const Variable gate = layer.mlp.gate_proj.forward(normed, context);
     return layer.mlp.down_proj.forward(
-        ops::swiglu(gate, layer.mlp.up_proj.forward(normed, context)), context);
+        swiglu_of(layer.mlp.gate_proj, layer.mlp.up_proj, normed, context), context);
   }();
   return ops::add(middle, mlp);
 }

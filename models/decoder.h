@@ -75,9 +75,12 @@ class Decoder {
 
   // Lays the products of every layer out anew for forward and loss, once, after adapters are
   // attached; the base must be frozen. Returns what was done: Bordered becomes Merged where an
-  // adapter has dropout, for the mask applies to the low-rank product alone.
+  // adapter has dropout, for the mask applies to the low-rank product alone, and with DoRA, whose
+  // layers are scaled one by one, all becomes Plain.
   LoraLayout set_lora_layout(LoraLayout layout);
-  void refresh_borders();  // after adapters have changed; nothing where there are no borders
+  // After adapters have changed: DoRA's norms and the borders of bordered weights follow them.
+  // Nothing where there is neither.
+  void refresh_adapters();
 
   // Runs new tokens (one document) behind what is in the cache, appends to it; hidden states (T,
   // H).

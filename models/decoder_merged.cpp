@@ -1,28 +1,34 @@
 // A layer of the decoder with its products merged (nn/linear_group.h): the same computation as in
 // decoder.cpp, which is to be read first, by fewer and larger products.
 #include "models/decoder.h"
+#include "nn/dora.h"
 
 namespace graft {
 namespace {
 
 bool has_adapter(const Linear& layer) { return layer.lora != nullptr; }
 
-bool has_dropout(Decoder& model) {
-  struct Find : Visitor {
-    bool found = false;
-    void linear(const std::string&, Linear& module) override {
-      found = found || (module.lora && module.lora->dropout_p > 0);
-    }
-  } find;
-  model.visit("", find);
-  return find.found;
+struct FindAdapters : Visitor {
+  bool dropout = false;
+  std::vector<const Linear*> dora;
+  void linear(const std::string&, Linear& module) override {
+    if (!module.lora) return;
+    dropout = dropout || module.lora->dropout_p > 0;
+    if (module.lora->magnitude.defined()) dora.push_back(&module);
+  }
+};
+FindAdapters find_adapters(Decoder& model) {
+  FindAdapters found;
+  model.visit("", found);
+  return found;
 }
 
 }  // namespace
 
 LoraLayout Decoder::set_lora_layout(LoraLayout layout) {
-  if (layout == LoraLayout::Plain) return layout;
-  if (has_dropout(*this)) layout = LoraLayout::Merged;
+  const FindAdapters adapters = find_adapters(*this);
+  if (layout == LoraLayout::Plain || !adapters.dora.empty()) return LoraLayout::Plain;
+  if (adapters.dropout) layout = LoraLayout::Merged;
   const bool bordered = layout == LoraLayout::Bordered;
   for (DecoderLayer& layer : layers) {
     Attention& a = layer.self_attn;
@@ -36,11 +42,12 @@ LoraLayout Decoder::set_lora_layout(LoraLayout layout) {
       merged->down.emplace(std::vector{&m.down_proj}, true, false);
     layer.merged = std::move(merged);
   }
-  refresh_borders();
+  refresh_adapters();
   return layout;
 }
 
-void Decoder::refresh_borders() {
+void Decoder::refresh_adapters() {
+  refresh_dora(find_adapters(*this).dora);
   std::vector<ScaledCopy> copies;
   for (const DecoderLayer& layer : layers) {
     if (!layer.merged) continue;

@@ -2,12 +2,54 @@
 
 namespace graft {
 
+namespace {
+
+ops::LoraArguments arguments_of(const LoraPair& lora, const ForwardContext& context) {
+  ops::LoraArguments arguments{lora.a, lora.b, lora.scaling, 0, context.dropout};
+  arguments.dropout_p = context.training ? lora.dropout_p : 0;
+  arguments.key.module = lora.module;
+  return arguments;
+}
+
+bool has_dora(const Linear& layer) { return layer.lora && layer.lora->magnitude.defined(); }
+
+// Whether the columns of this layer may be scaled by what takes them in.
+bool may_be_scaled_later(const Linear& layer, const ForwardContext& context) {
+  const bool dropout = context.training && layer.lora && layer.lora->dropout_p > 0;
+  return !has_dora(layer) || !(layer.bias.defined() || dropout);
+}
+
+// The layer without the scaling that DoRA owes, and that scaling.
+Variable unscaled(const Linear& layer, const Variable& x, const ForwardContext& context) {
+  if (!has_dora(layer)) return layer.forward(x, context);
+  return ops::lora_linear(x, layer.weight, {}, arguments_of(*layer.lora, context));
+}
+ops::DoraFactor factor_of(const Linear& layer) {
+  if (!has_dora(layer)) return {};
+  return {layer.lora->magnitude, layer.lora->norm};
+}
+
+}  // namespace
+
 Variable Linear::forward(const Variable& x, const ForwardContext& context) const {
   if (!lora) return ops::linear(x, weight, bias);
-  ops::LoraArguments arguments{lora->a, lora->b, lora->scaling, 0, context.dropout};
-  arguments.dropout_p = context.training ? lora->dropout_p : 0;
-  arguments.key.module = lora->module;
+  const ops::LoraArguments arguments = arguments_of(*lora, context);
+  if (has_dora(*this)) return ops::dora_linear(x, weight, bias, arguments, factor_of(*this));
   return ops::lora_linear(x, weight, bias, arguments);
+}
+
+Variable swiglu_of(const Linear& gate_proj, const Linear& up_proj, const Variable& x,
+                   const ForwardContext& context) {
+  const bool later = (has_dora(gate_proj) || has_dora(up_proj)) &&
+                     may_be_scaled_later(gate_proj, context) &&
+                     may_be_scaled_later(up_proj, context);
+  if (!later) {
+    const Variable gate = gate_proj.forward(x, context);
+    return ops::swiglu(gate, up_proj.forward(x, context));
+  }
+  const Variable gate = unscaled(gate_proj, x, context);
+  return ops::dora_swiglu(gate, unscaled(up_proj, x, context), factor_of(gate_proj),
+                          factor_of(up_proj));
 }
 
 void Linear::visit(const std::string& prefix, Visitor& visitor) {

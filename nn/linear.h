@@ -13,7 +13,10 @@ namespace graft {
 struct LoraPair {
   Variable a;
   Variable b;
-  double scaling = 1;  // lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
+  Variable magnitude;     // DoRA: (out) F32 leaf, the lengths of the rows; else undefined
+  Tensor weight_squares;  // DoRA: (out) F32, |W_n|^2
+  Tensor norm;            // DoRA: (out) F32, |W_n + scaling B_n A|, kept up to date by nn/dora.h
+  double scaling = 1;     // lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
   double dropout_p = 0;
   uint32_t module =
       0;  // number of this layer among the adapted ones, in model order: keys its dropout
@@ -29,6 +32,10 @@ struct Linear {
   int64_t in_features() const { return weight.shape()[1]; }
   int64_t out_features() const { return weight.shape()[0]; }
 };
+
+// swiglu of what both layers give for x.
+Variable swiglu_of(const Linear& gate_proj, const Linear& up_proj, const Variable& x,
+                   const ForwardContext& context);
 
 struct RmsNorm {
   Variable weight;  // (H)

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <set>
 
+#include "nn/dora.h"
 #include "nn/regex.h"
 
 namespace graft {
@@ -215,9 +216,19 @@ std::vector<LoraTarget> attach_lora(const std::vector<NamedLinear>& layers,
     if (device != Device::Meta) initialise(a, b, *pair, config.init_lora_weights, seed);
     pair->a = Variable(a.to(device, Scope::Adapters), true);
     pair->b = Variable(b.to(device, Scope::Adapters), true);
+    if (config.use_dora) start_dora(*pair, linear.weight.value());
     linear.lora = std::move(pair);
   }
   return targets;
+}
+
+std::vector<std::pair<std::string, Variable>> adapter_leaves(const std::string& module,
+                                                             const LoraPair& pair) {
+  std::vector<std::pair<std::string, Variable>> leaves = {{module + ".lora_A", pair.a},
+                                                          {module + ".lora_B", pair.b}};
+  if (pair.magnitude.defined())
+    leaves.emplace_back(module + ".lora_magnitude_vector", pair.magnitude);
+  return leaves;
 }
 
 std::string trainable_parameters_line(int64_t trainable, int64_t all) {

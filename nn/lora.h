@@ -32,6 +32,7 @@ struct LoraConfig {
   std::vector<std::pair<std::string, int64_t>> rank_pattern;
   std::vector<std::pair<std::string, double>> alpha_pattern;
   bool use_rslora = false;
+  bool use_dora = false;  // nn/dora.h
   enum class Init {
     KaimingUniform,
     Gaussian,
@@ -62,7 +63,8 @@ std::vector<LoraTarget> match_targets(const LoraConfig& config,
 // Attaches fresh pairs to the layers of `model` (anything with visit()) that the config names,
 // initialised from `seed`: A by U(-1/sqrt(in), 1/sqrt(in)) (Kaiming uniform with a = sqrt 5) or
 // N(0, 1/r^2), B zero; Random fills both. Deterministic, and independent of the order of
-// allocation. On Device::Meta nothing is filled.
+// allocation. On Device::Meta nothing is filled. With use_dora the weights must have their values:
+// the magnitudes are made from them.
 template <class Model>
 std::vector<LoraTarget> attach_lora(Model& model, const LoraConfig& config, uint64_t seed);
 
@@ -89,6 +91,11 @@ template <class Model>
 std::vector<LoraTarget> attach_lora(Model& model, const LoraConfig& config, uint64_t seed) {
   return attach_lora(linear_layers(model), config, seed);
 }
+
+// What of a pair is trained, in this order, by name: module + ".lora_A", ".lora_B", and with DoRA
+// ".lora_magnitude_vector".
+std::vector<std::pair<std::string, Variable>> adapter_leaves(const std::string& module,
+                                                             const LoraPair& pair);
 
 // PEFT's line: "trainable params: 9,175,040 || all params: 3,221,924,864 || trainable%: 0.2848".
 std::string trainable_parameters_line(int64_t trainable, int64_t all);

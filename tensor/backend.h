@@ -55,6 +55,22 @@ struct ScaledCopy {
   double alpha = 1;
 };
 
+// DoRA (Liu et al. 2024): row n of W + s B A, of length norm[n], gets the length magnitude[n], so
+// that column n of what it gives is multiplied by g[n] = magnitude[n] / norm[n]; by 0 where norm[n]
+// is 0. Both (N) F32 (F64), dense; both undefined: every g is 1.
+struct DoraScale {
+  Tensor magnitude, norm;
+};
+// norm[n] = |W_n + s B_n A|, from products alone that never make W + s B A:
+//   norm[n]^2 = max(0, squares[n] + 2 s sum_j (A W^T)[j,n] B[n,j] + s^2 B_n (A A^T) B_n^T)
+struct DoraNorm {
+  Tensor norm;     // (N) F32 (F64)
+  Tensor squares;  // (N), |W_n|^2, by row_squares
+  Tensor weight;   // (N, K), any float dtype
+  Tensor a, b;     // (r, K), (N, r) F32 (F64)
+  double scaling = 1;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -143,6 +159,28 @@ class Backend {
   // dgate, dup from dy; either may be undefined; they may be gate, up themselves (in place).
   virtual void swiglu_backward(Tensor& dgate, Tensor& dup, const Tensor& dy, const Tensor& gate,
                                const Tensor& up) = 0;
+
+  // y[t,n] = (y[t,n] where accumulate +) g[n] h[t,n] + bias[n]; y and h (T, N), rows strided; y may
+  // be h. bias (N), any float dtype, or undefined.
+  virtual void dora_scale(Tensor& y, const Tensor& h, const DoraScale& dora, const Tensor& bias,
+                          bool accumulate) = 0;
+  // dh[t,n] = g[n] dy[t,n] and dmagnitude[n] = sum_t dy[t,n] h[t,n] / norm[n] (0 where norm is 0);
+  // either may be undefined, dh may be dy. Where of_scaled, `h` is g h: the sum is then over
+  // magnitude[n] (0 where that is 0).
+  virtual void dora_scale_backward(Tensor& dh, Tensor& dmagnitude, const Tensor& dy,
+                                   const Tensor& h, const DoraScale& dora, bool of_scaled) = 0;
+  // swiglu of gate and up that are scaled on the way: y = silu(g1 gate) g2 up.
+  virtual void dora_swiglu_forward(Tensor& y, const Tensor& gate, const Tensor& up,
+                                   const DoraScale& of_gate, const DoraScale& of_up) = 0;
+  // Its gradients, dgate and dup already times g1 and g2; they may be gate and up themselves. Any
+  // may be undefined.
+  virtual void dora_swiglu_backward(Tensor& dgate, Tensor& dup, Tensor& dgate_magnitude,
+                                    Tensor& dup_magnitude, const Tensor& dy, const Tensor& gate,
+                                    const Tensor& up, const DoraScale& of_gate,
+                                    const DoraScale& of_up) = 0;
+  // squares[n] = sum_k w[n,k]^2. squares (N) F32 (F64); w (N, K), any float dtype.
+  virtual void row_squares(Tensor& squares, const Tensor& w) = 0;
+  virtual void dora_norms(std::span<const DoraNorm> layers) = 0;
 
   // For each row n of a chunk of logits (N, V), F32 or BF16, with label labels[n] in [0, V):
   // losses[n] (N, F32) = logsumexp(logits[n]) - logits[n][label]; and, where with_gradient, the

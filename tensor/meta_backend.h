@@ -36,6 +36,15 @@ class MetaBackend final : public Backend {
                           double) override {}
   void swiglu_forward(Tensor&, const Tensor&, const Tensor&) override {}
   void swiglu_backward(Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&) override {}
+  void dora_scale(Tensor&, const Tensor&, const DoraScale&, const Tensor&, bool) override {}
+  void dora_scale_backward(Tensor&, Tensor&, const Tensor&, const Tensor&, const DoraScale&,
+                           bool) override {}
+  void dora_swiglu_forward(Tensor&, const Tensor&, const Tensor&, const DoraScale&,
+                           const DoraScale&) override {}
+  void dora_swiglu_backward(Tensor&, Tensor&, Tensor&, Tensor&, const Tensor&, const Tensor&,
+                            const Tensor&, const DoraScale&, const DoraScale&) override {}
+  void row_squares(Tensor&, const Tensor&) override {}
+  void dora_norms(std::span<const DoraNorm>) override {}
   void cross_entropy(Tensor&, Tensor&, const Tensor&, double, bool) override {}
   void argmax_rows(Tensor&, const Tensor&) override {}
   void gather_rows(Tensor&, const Tensor&, const Tensor&) override {}

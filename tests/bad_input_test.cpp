@@ -328,7 +328,7 @@ TEST_F(BadInput, AdaptersThatDoNotFitAreNeverHalfLoaded) {
   refuse("r", 8, "expected (8, 32)");
   refuse("r", 0, "r is 0");
   refuse("r", "x", "expected an integer");
-  refuse("use_dora", true, "DoRA adapters are not supported");
+  refuse("use_dora", true, "lora_magnitude_vector' is missing");
   refuse("brand_new_key", 3, "brand_new_key is 3");
   refuse("bias", "all", "bias is \"all\"");
   refuse("peft_type", "IA3", "expected \"LORA\"");

@@ -81,8 +81,11 @@ TEST_F(GpuScript, RecordsEveryPartWithCommitAndDevice) {
   EXPECT_NE(section("test").find("\"what\": \"cuda_tests\", \"outcome\": \"3 passed, 0 failed, 1"),
             std::string::npos);
   EXPECT_NE(section("test").find("compute-sanitizer"), std::string::npos);
-  EXPECT_EQ(count(section("step"), "--seq 2048 --batch 8"), 4u);
-  EXPECT_EQ(count(section("step"), "--seq 2048 --batch 1 "), 4u);
+  for (const char* method : {"lora", "dora"})
+    for (const char* batch : {"8", "1"})
+      EXPECT_EQ(count(section("step"),
+                      std::string("--seq 2048 --batch ") + batch + " --method " + method + " "),
+                4u);
   // Python has no torch: no rows, and a line that says so.
   EXPECT_FALSE(fs::exists(folder_ / "out" / "peers"));
   EXPECT_NE(printed_.find("no comparison: /bin/false has no torch"), std::string::npos) << printed_;
@@ -96,8 +99,8 @@ TEST_F(GpuScript, TakesGradientCheckpointingWhereMemoryDoesNotSuffice) {
           "  *) echo \"{\\\"args\\\": \\\"$*\\\"}\" ;;\n"
           "esac\n");
   EXPECT_EQ(run("step"), 0) << printed_;
-  EXPECT_EQ(count(section("step"), "out of memory"), 1u);
-  EXPECT_EQ(count(section("step"), "--checkpoint"), 1u);
+  EXPECT_EQ(count(section("step"), "out of memory"), 2u);  // of LoRA and of DoRA
+  EXPECT_EQ(count(section("step"), "--checkpoint"), 2u);
 }
 
 TEST_F(GpuScript, EndsWith1WhereSomethingFailed) {

@@ -58,6 +58,20 @@ TEST(GpuTables, TakeFromTheStepSectionOnlyCasesThatPeersLacks) {
   EXPECT_NE(table.find("| m, 2048 tokens | graft | 100 |"), std::string::npos);
 }
 
+TEST(GpuTables, CompareAMethodWithTheSameMethodOfThePeer) {
+  std::vector<Json> rows;
+  for (const char* method : {"lora", "dora"})
+    for (const char* who : {"graft", "peft"}) {
+      Json one = row(who, who[0] == 'g' ? 6000 : method[0] == 'l' ? 3000 : 2000, false);
+      one["method"] = method;
+      rows.push_back(one);
+    }
+  const std::string table = step_table(result_with("peers", rows));
+  EXPECT_NE(table.find("| m, 16384 tokens | peft | 3000 | 2.00 |"), std::string::npos) << table;
+  EXPECT_NE(table.find("| m, dora, 16384 tokens | peft | 2000 | 3.00 |"), std::string::npos)
+      << table;
+}
+
 TEST(GpuTables, ReplaceOnlyWhatStandsBetweenTheirMarkers) {
   const std::string page = "before\n<!-- gpu -->\nold\n<!-- /gpu -->\nafter\n";
   EXPECT_EQ(with_tables(page, {}),

@@ -156,10 +156,9 @@ TEST(Lora, RefusesValuesOutOfRange) {
 
 TEST(AdapterConfig, RefusesByNameWhatChangesTheArithmetic) {
   for (const char* text :
-       {R"({"use_dora": true})", R"({"bias": "all"})", R"({"modules_to_save": ["lm_head"]})",
-        R"({"lora_bias": true})", R"({"alora_invocation_tokens": [1]})",
-        R"({"layer_replication": [[0, 1]]})", R"({"target_parameters": ["x"]})",
-        R"({"use_qalora": true})", R"({"fan_in_fan_out": true})",
+       {R"({"bias": "all"})", R"({"modules_to_save": ["lm_head"]})", R"({"lora_bias": true})",
+        R"({"alora_invocation_tokens": [1]})", R"({"layer_replication": [[0, 1]]})",
+        R"({"target_parameters": ["x"]})", R"({"use_qalora": true})", R"({"fan_in_fan_out": true})",
         R"({"trainable_token_indices": [3]})", R"({"some_key_of_tomorrow": 3})"}) {
     const Json json = Json::parse(text);
     try {
@@ -186,6 +185,7 @@ TEST(AdapterConfig, SurvivesTheRoundTrip) {
   config.rank_pattern = {{"q_proj", 2}};
   config.alpha_pattern = {{"up_proj", 3}};
   config.use_rslora = true;
+  config.use_dora = true;
   config.init_lora_weights = LoraConfig::Init::Gaussian;
   config.base_model_name_or_path = "Qwen/Qwen2.5-0.5B";
   const std::string text = format_adapter_config(config, {});
@@ -196,6 +196,7 @@ TEST(AdapterConfig, SurvivesTheRoundTrip) {
   EXPECT_EQ(back.alpha_pattern, config.alpha_pattern);
   EXPECT_EQ(back.layers_to_transform, config.layers_to_transform);
   EXPECT_TRUE(back.use_rslora);
+  EXPECT_TRUE(back.use_dora);
 }
 
 // The set of keys that every PEFT since 2024 can read; older ones stop at a key they don't know.

@@ -107,6 +107,44 @@ OpCase group_case(const std::string& name, const OpSizes& s, bool bordered, bool
       }};
 }
 
+// The lengths of rows that a DoRA layer is told: constants, not of the weight, for the op takes
+// them as they come; one is 0, as of a row of zeros.
+Tensor some_norms(int64_t N, const Variable& like) {
+  const DType dtype = like.value().dtype() == DType::F64 ? DType::F64 : DType::F32;
+  std::vector<double> norms = random_tensor({N}, DType::F64, 31).to_doubles();
+  for (double& norm : norms) norm = 0.5 + std::abs(norm);
+  norms[size_t(N / 2)] = 0;
+  return Tensor::from_floats({N}, norms, dtype).to(like.value().device());
+}
+
+// Inputs x, then a bias where there is one, A, B, m. The weight is a constant.
+OpCase dora_case(const std::string& name, const OpSizes& s, bool bias, double dropout_p) {
+  std::vector<OpInput> inputs{{kX, {s.T, s.H}}};
+  if (bias) inputs.push_back({kW, {s.N}});
+  for (const Shape& shape : {Shape{s.r, s.H}, Shape{s.N, s.r}, Shape{s.N}})
+    inputs.push_back({kA, shape});
+  return {name, inputs, [=](const Inputs& in, DType dtype) {
+            const Device device = in[0].value().device();
+            const Variable weight(
+                random_tensor({s.N, s.H}, dtype, 11, 1 / std::sqrt(double(s.H))).to(device));
+            const size_t at = bias ? 2 : 1;
+            ops::LoraArguments lora{in[at], in[at + 1], 1.5, dropout_p, {}};
+            lora.key = {.seed = 7, .step = 3, .module = 5, .first_row = 1000};
+            return ops::dora_linear(in[0], weight, bias ? in[1] : Variable(), lora,
+                                    {in[at + 2], some_norms(s.N, in[at + 2])});
+          }};
+}
+
+OpCase dora_swiglu_case(const std::string& name, const OpSizes& s, bool both) {
+  std::vector<OpInput> inputs{{kX, {s.T, s.H}}, {kX, {s.T, s.H}}, {kA, {s.H}}};
+  if (both) inputs.push_back({kA, {s.H}});
+  return {name, inputs, [=](const Inputs& in, DType) {
+            const ops::DoraFactor first{in[2], some_norms(s.H, in[2])};
+            if (!both) return ops::dora_swiglu(in[0], in[1], {}, first);
+            return ops::dora_swiglu(in[0], in[1], first, {in[3], some_norms(s.H, in[3])});
+          }};
+}
+
 OpCase merged_attention_case(const std::string& name, const OpSizes& s, bool norm) {
   return {
       name, {{kX, {s.T, (s.heads + 2 * s.kv_heads) * s.D}}}, [=](const Inputs& in, DType dtype) {
@@ -225,6 +263,12 @@ std::vector<OpCase> op_cases(const OpSizes& s) {
   cases.push_back(group_case("lora_group_merged_with_dropout", s, false, false, 0.3));
   cases.push_back(group_case("lora_group_bordered", s, true, false, 0));
   cases.push_back(group_case("lora_group_bordered_with_room", s, true, true, 0));
+  cases.push_back(dora_case("dora_linear", s, false, 0));
+  cases.push_back(dora_case("dora_linear_with_bias", s, true, 0));
+  cases.push_back(dora_case("dora_linear_with_dropout", s, false, 0.3));
+  cases.push_back(dora_case("dora_linear_with_bias_and_dropout", s, true, 0.3));
+  cases.push_back(dora_swiglu_case("dora_swiglu", s, true));
+  cases.push_back(dora_swiglu_case("dora_swiglu_of_up_alone", s, false));
   cases.push_back({"swiglu_merged", {{kX, {s.T, 2 * s.H}}}, [](const Inputs& in, DType) {
                      return ops::swiglu_merged(in[0], 5);
                    }});

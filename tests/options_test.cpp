@@ -241,6 +241,19 @@ TEST_F(Options, TheResolvedConfigurationGivesTheSameRun) {
   EXPECT_EQ(second.lora.rank_pattern, first.lora.rank_pattern);
 }
 
+// Either key asks for DoRA, and both are written as if both had.
+TEST_F(Options, MethodDoraAndUseDoraAreOne) {
+  const TrainOptions method = flags({write("model: m\noutput_dir: o\nmethod: dora\n")});
+  const TrainOptions key = flags({write("model: m\noutput_dir: o\nlora: {use_dora: true}\n")});
+  const TrainOptions plain = flags({write("model: m\noutput_dir: o\n")});
+  EXPECT_TRUE(uses_dora(method) && uses_dora(key) && !uses_dora(plain));
+  EXPECT_NO_THROW(validate(method));
+  EXPECT_EQ(resolved_yaml(method), resolved_yaml(key));
+  EXPECT_EQ(result_keys(method), result_keys(key));
+  EXPECT_NE(result_keys(method), result_keys(plain));
+  EXPECT_EQ(result_keys(flags({write(resolved_yaml(method))})), result_keys(method));
+}
+
 TEST_F(Options, ContradictionsAreRefused) {
   TrainOptions good;
   good.model = "m";
@@ -260,6 +273,14 @@ TEST_F(Options, ContradictionsAreRefused) {
     o.lr_scheduler_type = Schedule::Type::Linear;
   });
   refused([](auto& o) { o.random_init = true; });
+  refused([](auto& o) {
+    o.method = TrainOptions::Method::Dora;
+    o.given = {"use_dora"};
+  });
+  refused([](auto& o) {
+    o.method = TrainOptions::Method::Full;
+    o.given = {"use_dora"};
+  });
   refused([](auto& o) {
     o.method = TrainOptions::Method::Full;
     o.given = {"r"};

@@ -160,8 +160,22 @@ TEST_P(PeftTrajectory, InBf16IsAsNearToF32AsPeft) {
 
 INSTANTIATE_TEST_SUITE_P(Golden, PeftTrajectory,
                          testing::Values("llama_gqa", "qwen2_tied", "qwen3_tied", "patterns",
-                                         "layers_to_transform"),
+                                         "layers_to_transform", "dora_llama_gqa",
+                                         "dora_qwen2_rslora", "dora_patterns"),
                          [](const auto& info) { return std::string(info.param); });
+
+// Twenty steps of PEFT's DoRA under our masks: there the base product under m / norm sees the
+// masked input too.
+TEST_F(Trajectory, DoraWithDropoutGivesPeftsLossesAndFinalAdapter) {
+  const auto g = golden("dora_dropout");
+  TrainOptions o = options(g);
+  o.adapter = std::string(kGolden) + "dora_dropout/start";
+  expect_losses(run(o, rows(g), "f32"), g);
+  const Distance d =
+      distance(folder_ / "f32/adapter_model.safetensors",
+               std::string(kGolden) + "dora_dropout/final/adapter_model.safetensors");
+  EXPECT_LE(d.max_abs, 1e-4);
+}
 
 TEST_F(Trajectory, TrainingAllWeightsGivesTorchsLossesAndWeights) {
   const auto g = golden("full_qwen3_tied");
@@ -205,9 +219,12 @@ TEST_F(Trajectory, EightByOneAndTwoByFourAgreeWithRowsOfUnequalLength) {
 
 TEST_F(Trajectory, AdaptersAreTheSameBytesForOneTwoThreeAndEightThreads) {
   const TrainData data = rows(golden("qwen3_tied"));
-  for (const DType dtype : {DType::F32, DType::BF16}) {
+  for (const auto& [dtype, method] : {std::pair{DType::F32, TrainOptions::Method::Lora},
+                                      {DType::BF16, TrainOptions::Method::Lora},
+                                      {DType::BF16, TrainOptions::Method::Dora}}) {
     TrainOptions o = dropout_options();
     o.dtype = dtype;
+    o.method = method;
     o.threads = 1;
     run(o, data, "1");
     ASSERT_FALSE(bytes("1").empty());
@@ -260,11 +277,45 @@ TEST_F(Trajectory, OneStepAtTheHalfBillionShapeDoesNotDependOnThreads) {
 
 TEST_F(Trajectory, CheckpointingGivesTheSameBytes) {
   const TrainData data = rows(golden("qwen3_tied"));
+  for (const auto method : {TrainOptions::Method::Lora, TrainOptions::Method::Dora})
+    for (const double dropout : {0.1, 0.0}) {
+      TrainOptions o = dropout_options();
+      o.method = method;
+      o.lora.lora_dropout = dropout;
+      run(o, data, "plain");
+      o.gradient_checkpointing = true;
+      run(o, data, "checkpointing");
+      EXPECT_EQ(bytes("checkpointing"), bytes("plain"));
+    }
+}
+
+// The norms of the checkpoint's A and B are made when it is taken up.
+TEST_F(Trajectory, ResumingDoraGivesTheSameBytes) {
+  const TrainData data = rows(golden("qwen3_tied"));
   TrainOptions o = dropout_options();
-  run(o, data, "plain");
-  o.gradient_checkpointing = true;
-  run(o, data, "checkpointing");
-  EXPECT_EQ(bytes("checkpointing"), bytes("plain"));
+  o.method = TrainOptions::Method::Dora;
+  o.save_steps = 3;
+  run(o, data, "dora");
+  const std::string whole = bytes("dora");
+  ASSERT_TRUE(fs::remove_all(folder_ / "dora/checkpoint-6") > 0);
+  fs::remove(folder_ / "dora/adapter_model.safetensors");
+  o.output_dir = folder_ / "dora";
+  o.resume = true;
+  EXPECT_EQ(finetune(o, data).losses.size(), 3u);
+  EXPECT_EQ(bytes("dora"), whole);
+}
+
+TEST_F(Trajectory, UseDoraIsTheMethodDora) {
+  const TrainData data = rows(golden("qwen3_tied"));
+  TrainOptions o = dropout_options();
+  run(o, data, "lora");
+  o.method = TrainOptions::Method::Dora;
+  run(o, data, "dora");
+  o.method = TrainOptions::Method::Lora;
+  o.lora.use_dora = true;
+  run(o, data, "use_dora");
+  EXPECT_EQ(bytes("use_dora"), bytes("dora"));
+  EXPECT_NE(bytes("dora"), bytes("lora"));
 }
 
 TEST_F(Trajectory, AnotherSeedGivesAnotherAdapter) {

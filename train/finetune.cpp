@@ -101,13 +101,17 @@ Run::Run(TrainOptions& options, const TrainData& data, const RunControl& control
       trainable_parameters_line(trained, num_parameters(model_->config()) + (full ? 0 : trained));
 }
 
-// The adapters are in the parameter buffer by now; a border is made from them, here and whenever
-// they change.
+// The adapters are in the parameter buffer by now; borders and norms are made from them, here and
+// whenever they change.
 void Run::lay_out_products() {
   const LoraLayout layout = model_->set_lora_layout(options_.lora_layout);
   if (layout != options_.lora_layout)
-    Report(control_.console, "").line("lora_layout: merged, for bordered needs lora_dropout: 0");
-  if (layout == LoraLayout::Bordered) parameters_.on_publish([this] { model_->refresh_borders(); });
+    Report(control_.console, "")
+        .line(layout == LoraLayout::Plain ? "lora_layout: plain, for DoRA scales its layers singly"
+                                          : "lora_layout: merged, for bordered needs "
+                                            "lora_dropout: 0");
+  if (layout == LoraLayout::Bordered || options_.lora.use_dora)
+    parameters_.on_publish([this] { model_->refresh_adapters(); });
 }
 
 // The whole loop. A run that is resumed enters it at the step after its checkpoint.

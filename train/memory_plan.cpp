@@ -45,14 +45,17 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
   const bool in_place = !full && (!options.dtype || *options.dtype == file_dtype);
   plan.mapped_weights = in_place ? base_parameters * dtype_size(file_dtype) : 0;
 
-  if (!full) plan.targets = attach_lora(*model, options.lora, 0);
+  LoraConfig lora = options.lora;
+  lora.use_dora = uses_dora(options);
+  if (!full) plan.targets = attach_lora(*model, lora, 0);
   const auto leaves = trained_leaves(*model, options.method);
   for (const auto& [name, leaf] : leaves) plan.trainable_parameters += leaf.value().num_elements();
-  for (const auto& layer : linear_layers(*model))
-    if (layer.linear->lora)
-      plan.module_parameters.emplace_back(layer.name,
-                                          layer.linear->lora->a.value().num_elements() +
-                                              layer.linear->lora->b.value().num_elements());
+  for (const auto& [name, linear] : linear_layers(*model)) {
+    if (!linear->lora) continue;
+    plan.module_parameters.emplace_back(name, 0);
+    for (const auto& [leaf, variable] : adapter_leaves(name, *linear->lora))
+      plan.module_parameters.back().second += variable.value().num_elements();
+  }
   plan.all_parameters = base_parameters + (full ? 0 : plan.trainable_parameters);
 
   ParameterBuffer parameters(leaves, Device::Meta, Scope::Adapters);

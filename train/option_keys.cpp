@@ -198,6 +198,20 @@ Row choice(Group group, std::string name, At of, std::vector<std::pair<std::stri
   return made;
 }
 
+// DoRA is written as such, whichever of the two keys asked for it.
+Row method_row() {
+  using Method = TrainOptions::Method;
+  Row made = choice<decltype(at(&TrainOptions::method)), Method>(
+      Group::Run, "method", at(&TrainOptions::method),
+      {{"lora", Method::Lora}, {"dora", Method::Dora}, {"full", Method::Full}},
+      "train an adapter, one that also learns the length of each weight row (DoRA), or all "
+      "weights");
+  made.key.write = [write = made.key.write](const TrainOptions& o) {
+    return uses_dora(o) ? Json("dora") : write(o);
+  };
+  return made;
+}
+
 std::vector<Row> run_rows() {
   using O = TrainOptions;
   constexpr Group g = Group::Run;
@@ -207,9 +221,7 @@ std::vector<Row> run_rows() {
           .keeps_result(),
       text(g, "output_dir", at(&O::output_dir), "a directory", "where the adapter goes")
           .keeps_result(),
-      choice<decltype(at(&O::method)), O::Method>(
-          g, "method", at(&O::method), {{"lora", O::Method::Lora}, {"full", O::Method::Full}},
-          "train an adapter, or all weights"),
+      method_row(),
       text(g, "adapter", at(&O::adapter), "a directory", "start from this adapter").keeps_result(),
       boolean(g, "random_init", at(&O::random_init),
               "method full: start from random weights; of the model only config.json is read"),
@@ -285,6 +297,12 @@ std::vector<Row> optimizer_rows() {
   };
 }
 
+// A key of the LoRA group whose reading and writing are still to be given.
+Row lora_row(std::string name, Form form, std::string expected, std::string help) {
+  return {
+      {std::move(name), "", Group::Lora, form, true, std::move(expected), std::move(help), {}, {}}};
+}
+
 // A list of names, or one regular expression (or all-linear) as a plain scalar, as PEFT has it.
 Row module_names(std::string name, std::vector<std::string> LoraConfig::*names,
                  bool LoraConfig::*is_regex, std::string help) {
@@ -307,15 +325,7 @@ Row module_names(std::string name, std::vector<std::string> LoraConfig::*names,
 template <class Value>
 Row pattern(std::string name, std::vector<std::pair<std::string, Value>> LoraConfig::*member,
             Value min, std::string expected, std::string help) {
-  Row made = {{std::move(name),
-               "",
-               Group::Lora,
-               Form::Map,
-               true,
-               std::move(expected),
-               std::move(help),
-               {},
-               {}}};
+  Row made = lora_row(std::move(name), Form::Map, std::move(expected), std::move(help));
   made.key.read = [member, min](TrainOptions& o, const YAML::Node& node) {
     return read_map(o.lora.*member, node, min);
   };
@@ -328,15 +338,8 @@ Row pattern(std::string name, std::vector<std::pair<std::string, Value>> LoraCon
 }
 
 Row lora_alpha_row() {
-  Row made = {{"lora_alpha",
-               "",
-               Group::Lora,
-               Form::Scalar,
-               true,
-               kPositive.text,
-               "scale: the update is lora_alpha / r times B A; default 2 r",
-               {},
-               {}}};
+  Row made = lora_row("lora_alpha", Form::Scalar, kPositive.text,
+                      "scale: the update is lora_alpha / r times B A; default 2 r");
   made.key.read = [](TrainOptions& o, const YAML::Node& node) {
     double value;
     if (!read_number(value, node) || !kPositive.holds(value)) return false;
@@ -348,21 +351,20 @@ Row lora_alpha_row() {
 }
 
 Row layers_row() {
-  Row made = {{"layers_to_transform",
-               "",
-               Group::Lora,
-               Form::List,
-               true,
-               "layer numbers from 0 up",
-               "only these layers; default all",
-               {},
-               {}}};
+  Row made = lora_row("layers_to_transform", Form::List, "layer numbers from 0 up",
+                      "only these layers; default all");
   made.key.read = [](TrainOptions& o, const YAML::Node& node) {
     return read_list(o.lora.layers_to_transform, node, [](int64_t& value, const YAML::Node& item) {
       return read_number(value, item) && value >= 0;
     });
   };
   made.key.write = [](const TrainOptions& o) { return Json(o.lora.layers_to_transform); };
+  return made;
+}
+
+Row dora_row() {
+  Row made = boolean(Group::Lora, "use_dora", at(&LoraConfig::use_dora), "the same as method dora");
+  made.key.write = [](const TrainOptions& o) { return Json(uses_dora(o)); };
   return made;
 }
 
@@ -405,6 +407,7 @@ std::vector<Row> lora_rows() {
       pattern<double>("alpha_pattern", &C::alpha_pattern, 0,
                       "a map from module patterns to numbers from 0 up", "lora_alpha by module"),
       boolean(g, "use_rslora", at(&C::use_rslora), "scale by lora_alpha / sqrt(r)"),
+      dora_row(),
       bias_row(),
       init_row(),
       choice<decltype(at(&C::task_type)), std::string>(g, "task_type", at(&C::task_type),

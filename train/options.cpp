@@ -371,6 +371,9 @@ void validate(const TrainOptions& options) {
   CHECK(full || !options.random_init, "train: random_init needs method full");
   CHECK(!full || options.lora_layout == LoraLayout::Plain,
         "train: lora_layout is given with method full; it needs method lora");
+  CHECK(options.method != TrainOptions::Method::Dora || options.lora.use_dora ||
+            !options.given.contains("use_dora"),
+        "train: use_dora is false with method dora; leave one of the two out");
   if (full) {
     for (const std::string& name : options.given)
       CHECK(find_option_key(name)->group != Group::Lora || name == "base_model_name_or_path",
@@ -378,6 +381,11 @@ void validate(const TrainOptions& options) {
   } else {
     validate(options.lora);
   }
+}
+
+bool uses_dora(const TrainOptions& options) {
+  return options.method == TrainOptions::Method::Dora ||
+         (options.method == TrainOptions::Method::Lora && options.lora.use_dora);
 }
 
 std::string resolved_yaml(const TrainOptions& options) {

@@ -17,7 +17,7 @@ namespace graft {
 
 // Members carry the names of the keys, which are those of the transformers Trainer and of PEFT.
 struct TrainOptions {
-  enum class Method { Lora, Full };
+  enum class Method { Lora, Dora, Full };
   enum class DeviceChoice { Auto, Cpu, Cuda };
 
   std::string model;  // where to load from: a directory, or a hub id
@@ -104,6 +104,9 @@ std::string train_flags_help();
 std::string unknown_flag_hint(
     const std::string& help,
     const std::vector<std::string>& args);  // one line per key, with its default
+
+// method dora, or use_dora: one means the other.
+bool uses_dora(const TrainOptions& options);
 
 // Threw a command line that cannot be understood: main() says it in one line and exits with 2.
 struct UsageError : Error {

@@ -45,6 +45,8 @@ nlohmann::ordered_json read_json(const std::string& path) {
 void load_start_adapter(Decoder& model, TrainOptions& options) {
   TrainOptions loaded = options;
   loaded.lora = load_adapter(model, options.adapter);
+  CHECK(loaded.lora.use_dora || options.method != TrainOptions::Method::Dora,
+        "adapter: ", options.adapter, " is plain LoRA, but the method is dora; leave method out");
   loaded.lora.task_type = "CAUSAL_LM";
   loaded.lora.init_lora_weights = options.lora.init_lora_weights;  // nothing is initialised
   loaded.lora.base_model_name_or_path = options.lora.base_model_name_or_path;
@@ -79,8 +81,7 @@ struct CollectLeaves : Visitor {
   }
   void linear(const std::string& name, Linear& module) override {
     if (!module.lora) return;
-    leaves.emplace_back(name + ".lora_A", module.lora->a);
-    leaves.emplace_back(name + ".lora_B", module.lora->b);
+    for (auto& leaf : adapter_leaves(name, *module.lora)) leaves.push_back(std::move(leaf));
   }
 };
 
@@ -157,6 +158,7 @@ std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string&
   } else {
     model = load_model(model_dir, options.dtype, device);
   }
+  if (!is_full(options)) options.lora.use_dora = uses_dora(options);
   if (is_full(options))
     widen_weights(*model);
   else if (options.adapter.empty())

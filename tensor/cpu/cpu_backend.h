@@ -52,6 +52,19 @@ class CpuBackend : public Backend {
   void swiglu_forward(Tensor& y, const Tensor& gate, const Tensor& up) override;
   void swiglu_backward(Tensor& dgate, Tensor& dup, const Tensor& dy, const Tensor& gate,
                        const Tensor& up) override;
+  // cpu_dora.cpp
+  void dora_scale(Tensor& y, const Tensor& h, const DoraScale& dora, const Tensor& bias,
+                  bool accumulate) override;
+  void dora_scale_backward(Tensor& dh, Tensor& dmagnitude, const Tensor& dy, const Tensor& h,
+                           const DoraScale& dora, bool of_scaled) override;
+  void dora_swiglu_forward(Tensor& y, const Tensor& gate, const Tensor& up,
+                           const DoraScale& of_gate, const DoraScale& of_up) override;
+  void dora_swiglu_backward(Tensor& dgate, Tensor& dup, Tensor& dgate_magnitude,
+                            Tensor& dup_magnitude, const Tensor& dy, const Tensor& gate,
+                            const Tensor& up, const DoraScale& of_gate,
+                            const DoraScale& of_up) override;
+  void row_squares(Tensor& squares, const Tensor& w) override;
+  void dora_norms(std::span<const DoraNorm> layers) override;
   void cross_entropy(Tensor& losses, Tensor& logits, const Tensor& labels, double scale,
                      bool with_gradient) override;
   void argmax_rows(Tensor& indices, const Tensor& x) override;

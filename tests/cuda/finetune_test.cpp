@@ -25,14 +25,20 @@ int64_t steps() {
   return given ? std::atoll(given) : 3;
 }
 
-class FinetuneOnCuda : public testing::TestWithParam<DType> {
+struct Kind {
+  const char* name;
+  DType dtype;
+  TrainOptions::Method method;
+  double dropout;
+};
+
+class FinetuneOnCuda : public testing::TestWithParam<Kind> {
  protected:
   void SetUp() override {
     std::string reason;
     if (!cuda_available(&reason)) GTEST_SKIP() << reason;
-    folder_ =
-        std::filesystem::temp_directory_path() /
-        ("graft_finetune_" + std::to_string(getpid()) + "_" + std::to_string(int(GetParam())));
+    folder_ = std::filesystem::temp_directory_path() /
+              ("graft_finetune_" + std::to_string(getpid()) + "_" + GetParam().name);
     std::filesystem::create_directories(folder_);
     std::ofstream file(folder_ / "data.jsonl");
     for (const DemoItem& item : demo_split(1, int(2 * steps()), 1).train)
@@ -46,9 +52,10 @@ class FinetuneOnCuda : public testing::TestWithParam<DType> {
     options.data = {(folder_ / "data.jsonl").string()};
     options.output_dir = (folder_ / name).string();
     options.device = device;
-    options.dtype = GetParam();
+    options.dtype = GetParam().dtype;
+    options.method = GetParam().method;
     options.lora.r = 4;
-    options.lora.lora_dropout = 0.1;
+    options.lora.lora_dropout = GetParam().dropout;
     options.lora.base_model_name_or_path = options.model;
     options.learning_rate = 2e-3;
     options.lr_scheduler_type = Schedule::Type::Constant;
@@ -72,7 +79,7 @@ class FinetuneOnCuda : public testing::TestWithParam<DType> {
 TEST_P(FinetuneOnCuda, LosesAsTheCpuDoesAndTwiceTheSameBytes) {
   const TrainResult cpu = train(Choice::Cpu, "cpu"), first = train(Choice::Cuda, "first");
   train(Choice::Cuda, "second");
-  const double tolerance = GetParam() == DType::F32 ? 1e-5 : 2e-2;
+  const double tolerance = GetParam().dtype == DType::F32 ? 1e-5 : 2e-2;
   ASSERT_EQ(first.losses.size(), size_t(steps()));
   for (size_t i = 0; i < first.losses.size(); ++i) {
     EXPECT_NEAR(first.losses[i] / cpu.losses[i], 1, tolerance) << "loss of step " << i + 1;
@@ -87,10 +94,14 @@ TEST_P(FinetuneOnCuda, LosesAsTheCpuDoesAndTwiceTheSameBytes) {
   EXPECT_EQ(adapter_bytes("first"), adapter_bytes("second"));
 }
 
-INSTANTIATE_TEST_SUITE_P(Dtypes, FinetuneOnCuda, testing::Values(DType::F32, DType::BF16),
-                         [](const testing::TestParamInfo<DType>& info) {
-                           return std::string(dtype_name(info.param));
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, FinetuneOnCuda,
+    testing::Values(Kind{"F32", DType::F32, TrainOptions::Method::Lora, 0.1},
+                    Kind{"BF16", DType::BF16, TrainOptions::Method::Lora, 0.1},
+                    Kind{"DoraF32", DType::F32, TrainOptions::Method::Dora, 0},
+                    Kind{"DoraDropoutF32", DType::F32, TrainOptions::Method::Dora, 0.1},
+                    Kind{"DoraBF16", DType::BF16, TrainOptions::Method::Dora, 0}),
+    [](const testing::TestParamInfo<Kind>& info) { return std::string(info.param.name); });
 
 }  // namespace
 }  // namespace graft

@@ -366,7 +366,7 @@ TEST_F(LoraLayouts, BordersFollowTheAdapters) {
         leaves.emplace_back(name + "B", linear->lora->b);
       }
     ParameterBuffer parameters(leaves, Device::CUDA, Scope::Adapters);
-    parameters.on_publish([&] { model->refresh_borders(); });
+    parameters.on_publish([&] { model->refresh_adapters(); });
     parameters.begin_step();
     const Variable before = model->loss(pack(kRows, kRows), training(), 0.125);
     parameters.add_loss(before.value());

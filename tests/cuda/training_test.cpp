@@ -114,6 +114,13 @@ TEST_F(CudaTraining, GraphsGiveTheSameBytesInBf16WithCheckpointing) {
   expect_same_with_graphs(o, "adapter_model.safetensors");
 }
 
+// The norms are renewed inside of the captured step.
+TEST_F(CudaTraining, GraphsGiveTheSameBytesWithDora) {
+  TrainOptions o = options("", 7);
+  o.method = TrainOptions::Method::Dora;
+  expect_same_with_graphs(o, "adapter_model.safetensors");
+}
+
 TEST_F(CudaTraining, GraphsGiveTheSameBytesForAllWeights) {
   TrainOptions o = options("", 7);
   o.method = TrainOptions::Method::Full;
@@ -198,6 +205,7 @@ class CudaStepCosts : public CudaTraining {
   Costs run(const std::vector<int>& lengths, int64_t steps, bool cuda_graph) {
     TrainOptions o = options("run" + std::to_string(++runs_), steps);
     o.cuda_graph = cuda_graph;
+    o.method = method_;
     allocator_of(Device::CUDA).release_cached();
     const emu::Stats before = emu::stats();
     const int64_t calls = allocator_of(Device::CUDA).stats().system_calls;
@@ -208,6 +216,7 @@ class CudaStepCosts : public CudaTraining {
             allocator_of(Device::CUDA).stats().system_calls - calls};
   }
   int runs_ = 0;
+  TrainOptions::Method method_ = TrainOptions::Method::Lora;
 };
 
 TEST_F(CudaStepCosts, AStepWaitsOnceAndAfterTheFirstAllocatesNothing) {
@@ -220,6 +229,18 @@ TEST_F(CudaStepCosts, AStepWaitsOnceAndAfterTheFirstAllocatesNothing) {
   EXPECT_EQ(three.allocations, one.allocations);
   EXPECT_EQ(three.system_calls, one.system_calls);
   EXPECT_GT(one.system_calls, 0);
+}
+
+TEST_F(CudaStepCosts, ADoraStepWaitsOnceToo) {
+  const Environment cached("EMU_CACHED", "1");
+  method_ = TrainOptions::Method::Dora;
+  const std::vector<int> lengths(4, 6);
+  run(lengths, 1, false);
+  const Costs one = run(lengths, 1, false), three = run(lengths, 3, false);
+  EXPECT_EQ(three.waits - one.waits, 2u);
+  EXPECT_EQ(three.pageable_copies, one.pageable_copies);
+  EXPECT_EQ(three.allocations, one.allocations);
+  EXPECT_EQ(three.system_calls, one.system_calls);
 }
 
 TEST_F(CudaStepCosts, RaggedRowsAllocateNothingOnceEverySizeWasSeen) {

@@ -41,11 +41,14 @@ def adapted(peft_model):
 
 
 def factors(peft_model):
-    """A and B by their names in the adapter file."""
+    """A, B and, with DoRA, m by their names in the adapter file."""
     out = {}
     for name, module in adapted(peft_model):
         out[f"base_model.model.{name}.lora_A.weight"] = module.lora_A["default"].weight
         out[f"base_model.model.{name}.lora_B.weight"] = module.lora_B["default"].weight
+        if len(module.lora_magnitude_vector):
+            out[f"base_model.model.{name}.lora_magnitude_vector"] = (
+                module.lora_magnitude_vector["default"].weight)
     return out
 
 

@@ -26,7 +26,8 @@ def main():
     # PEFT only warns about keys that it misses or does not know.
     with safe_open(f"{adapter_dir}/adapter_model.safetensors", "pt") as file:
         stored = set(file.keys())
-    wanted = {k.replace(".default.", ".") for k in model.state_dict() if "lora_" in k}
+    wanted = {k.replace(".default.", ".").replace("magnitude_vector.weight", "magnitude_vector")
+              for k in model.state_dict() if "lora_" in k}
     if stored != wanted:
         sys.exit(f"tensors: missing {sorted(wanted - stored)}, unknown {sorted(stored - wanted)}")
 

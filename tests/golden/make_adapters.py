@@ -22,7 +22,6 @@ CASES = {
 }
 # Sound in PEFT; graft knows none of them yet and has to say so, by name.
 REFUSED = {
-    "refused_dora": ("llama_gqa", 111, {"use_dora": True}),
     "refused_bias_lora_only": ("qwen2_tied", 112, {"bias": "lora_only"}),
     "refused_modules_to_save": ("llama_gqa", 113, {"modules_to_save": ["lm_head"]}),
     "refused_lora_bias": ("llama_bias", 114, {"lora_bias": True}),

@@ -5,7 +5,8 @@ import importlib
 import os
 import sys
 
-PARTS = ("models", "adapters", "targets", "trajectories", "dropout", "schedules", "sampling")
+PARTS = ("models", "adapters", "targets", "trajectories", "dropout", "dora", "schedules",
+         "sampling")
 
 
 def main():

@@ -11,6 +11,7 @@ namespace graft::GRAFT_ISA {
 
 void install_elementwise(CpuKernels& kernels);
 void install_swiglu(CpuKernels& kernels);
+void install_dora(CpuKernels& kernels);
 void install_adamw(CpuKernels& kernels);
 void install_rms_norm(CpuKernels& kernels);
 void install_rope(CpuKernels& kernels);

@@ -12,6 +12,7 @@ CpuKernels make_table(const char* name) {
   kernels.lanes = kLanes;
   install_elementwise(kernels);
   install_swiglu(kernels);
+  install_dora(kernels);
   install_adamw(kernels);
   install_rms_norm(kernels);
   install_rope(kernels);

@@ -65,6 +65,19 @@ struct DecodeChunk {
   float scale;
 };
 
+// A matrix of activations as a kernel walks it; data null: absent.
+struct DoraRows {
+  void* data;
+  int64_t stride;  // elements from a row to the next
+};
+// The two matrices that SwiGLU multiplies, and the factors of their columns (null: 1).
+struct DoraSwiglu {
+  DoraRows gate, up;
+  const float *gate_scale, *up_scale;
+  DType dtype;
+  int64_t rows, cols;
+};
+
 struct CpuKernels {
   const char* name;
   int lanes;
@@ -106,6 +119,18 @@ struct CpuKernels {
                                 int64_t dy_stride, const void* x, int64_t x_stride, DType dtype,
                                 const float* weight, const float* rstd, const float* cos_sin,
                                 int64_t heads, int64_t head_dim);
+  // y = or += scale h + bias, by column; bias may be null
+  void (*dora_scale)(DoraRows y, DoraRows h, DType dtype, const float* scale, const float* bias,
+                     int64_t rows, int64_t cols, bool accumulate);
+  // dh = scale dy, sums (cols) = column sums of dy h; either may be null
+  void (*dora_scale_backward)(DoraRows dh, float* sums, DoraRows dy, DoraRows h, DType dtype,
+                              const float* scale, int64_t rows, int64_t cols);
+  void (*dora_swiglu_forward)(DoraRows y, const DoraSwiglu& in);
+  // gate_sums, up_sums (cols): column sums of the gradient of scale * gate times gate; or null
+  void (*dora_swiglu_backward)(DoraRows dgate, DoraRows dup, float* gate_sums, float* up_sums,
+                               DoraRows dy, const DoraSwiglu& in);
+  // squares (rows), of weights
+  void (*row_squares)(float* squares, DoraRows w, DType dtype, int64_t rows, int64_t cols);
   // one row; returns the loss
   float (*cross_entropy)(float* logits, int64_t cols, int64_t label, float scale,
                          bool with_gradient);

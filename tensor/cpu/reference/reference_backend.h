@@ -62,6 +62,20 @@ class ReferenceBackend final : public Backend {
   void swiglu_backward(Tensor& dgate, Tensor& dup, const Tensor& dy, const Tensor& gate,
                        const Tensor& up) override;
 
+  // dora.cpp
+  void dora_scale(Tensor& y, const Tensor& h, const DoraScale& dora, const Tensor& bias,
+                  bool accumulate) override;
+  void dora_scale_backward(Tensor& dh, Tensor& dmagnitude, const Tensor& dy, const Tensor& h,
+                           const DoraScale& dora, bool of_scaled) override;
+  void dora_swiglu_forward(Tensor& y, const Tensor& gate, const Tensor& up,
+                           const DoraScale& of_gate, const DoraScale& of_up) override;
+  void dora_swiglu_backward(Tensor& dgate, Tensor& dup, Tensor& dgate_magnitude,
+                            Tensor& dup_magnitude, const Tensor& dy, const Tensor& gate,
+                            const Tensor& up, const DoraScale& of_gate,
+                            const DoraScale& of_up) override;
+  void row_squares(Tensor& squares, const Tensor& w) override;
+  void dora_norms(std::span<const DoraNorm> layers) override;
+
   // cross_entropy.cpp
   void cross_entropy(Tensor& losses, Tensor& logits, const Tensor& labels, double scale,
                      bool with_gradient) override;

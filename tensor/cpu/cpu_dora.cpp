@@ -1,0 +1,150 @@
+// DoRA on the fast CPU backend: how columns are scaled piece by piece, and the norms of rows by the
+// factorised form.
+#include <algorithm>
+#include <cmath>
+
+#include "tensor/cpu/cpu_backend.h"
+#include "tensor/cpu/kernels/table.h"
+#include "tensor/thread_pool.h"
+
+namespace graft {
+
+namespace {
+
+constexpr int64_t kRows = 32;  // of one piece of a kernel over rows
+constexpr int64_t kSlab = 64;  // columns of one piece of a kernel that sums over all rows
+
+int64_t pieces_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+void check_activation(const char* op, const Tensor& t) {
+  CHECK(t.dtype() == DType::F32 || t.dtype() == DType::BF16, op,
+        ": the CPU kernel takes F32 or BF16, got ", dtype_name(t.dtype()));
+}
+
+// From this row and column on.
+DoraRows rows_of(const Tensor& t, int64_t row, int64_t col) {
+  if (!t.defined()) return {nullptr, 0};
+  return {static_cast<char*>(t.raw()) + (row * t.row_stride() + col) * dtype_size(t.dtype()),
+          t.row_stride()};
+}
+
+// magnitude / norm of every column; undefined where there is no DoRA.
+Tensor factors_of(const DoraScale& dora) {
+  if (!dora.norm.defined()) return {};
+  const int64_t cols = dora.norm.num_elements();
+  Tensor factors = Tensor::empty({cols}, DType::F32, Device::CPU, Scope::Scratch);
+  const float *m = dora.magnitude.data<float>(), *norm = dora.norm.data<float>();
+  for (int64_t n = 0; n < cols; ++n) factors.data<float>()[n] = norm[n] == 0 ? 0 : m[n] / norm[n];
+  return factors;
+}
+float* from(const Tensor& values, int64_t col) {
+  return values.defined() ? values.data<float>() + col : nullptr;
+}
+
+// sums /= divisors, or 0 where the divisor is.
+void divide(const Tensor& sums, const Tensor& divisors) {
+  if (!sums.defined()) return;
+  for (int64_t n = 0; n < sums.num_elements(); ++n) {
+    const float divisor = divisors.data<float>()[n];
+    sums.data<float>()[n] = divisor == 0 ? 0 : sums.data<float>()[n] / divisor;
+  }
+}
+
+// body(first row, rows) and body(first column, columns).
+template <class Body>
+void for_each_rows(int64_t rows, const Body& body) {
+  thread_pool().run(pieces_of(rows, kRows), [&](int64_t piece, int) {
+    body(piece * kRows, std::min(kRows, rows - piece * kRows));
+  });
+}
+template <class Body>
+void for_each_slab(int64_t cols, const Body& body) {
+  thread_pool().run(pieces_of(cols, kSlab), [&](int64_t piece, int) {
+    body(piece * kSlab, std::min(kSlab, cols - piece * kSlab));
+  });
+}
+
+}  // namespace
+
+void CpuBackend::dora_scale(Tensor& y, const Tensor& h, const DoraScale& dora, const Tensor& bias,
+                            bool accumulate) {
+  check_activation("dora_scale", y);
+  const Tensor factors = factors_of(dora), wide = bias.defined() ? weight_as_f32(bias) : bias;
+  for_each_rows(y.num_rows(), [&](int64_t first, int64_t rows) {
+    kernels_.dora_scale(rows_of(y, first, 0), rows_of(h, first, 0), y.dtype(), from(factors, 0),
+                        from(wide, 0), rows, y.cols(), accumulate);
+  });
+}
+
+void CpuBackend::dora_scale_backward(Tensor& dh, Tensor& dmagnitude, const Tensor& dy,
+                                     const Tensor& h, const DoraScale& dora, bool of_scaled) {
+  check_activation("dora_scale_backward", dy);
+  const Tensor factors = factors_of(dora);
+  for_each_slab(dy.cols(), [&](int64_t col, int64_t cols) {
+    kernels_.dora_scale_backward(rows_of(dh, 0, col), from(dmagnitude, col), rows_of(dy, 0, col),
+                                 rows_of(h, 0, col), dy.dtype(), from(factors, col), dy.num_rows(),
+                                 cols);
+  });
+  divide(dmagnitude, of_scaled ? dora.magnitude : dora.norm);
+}
+
+void CpuBackend::dora_swiglu_forward(Tensor& y, const Tensor& gate, const Tensor& up,
+                                     const DoraScale& of_gate, const DoraScale& of_up) {
+  check_activation("dora_swiglu", y);
+  const Tensor gate_scale = factors_of(of_gate), up_scale = factors_of(of_up);
+  for_each_rows(y.num_rows(), [&](int64_t first, int64_t rows) {
+    kernels_.dora_swiglu_forward(
+        rows_of(y, first, 0), {rows_of(gate, first, 0), rows_of(up, first, 0), from(gate_scale, 0),
+                               from(up_scale, 0), y.dtype(), rows, y.cols()});
+  });
+}
+
+void CpuBackend::dora_swiglu_backward(Tensor& dgate, Tensor& dup, Tensor& dgate_magnitude,
+                                      Tensor& dup_magnitude, const Tensor& dy, const Tensor& gate,
+                                      const Tensor& up, const DoraScale& of_gate,
+                                      const DoraScale& of_up) {
+  check_activation("dora_swiglu_backward", dy);
+  const Tensor gate_scale = factors_of(of_gate), up_scale = factors_of(of_up);
+  for_each_slab(dy.cols(), [&](int64_t col, int64_t cols) {
+    kernels_.dora_swiglu_backward(
+        rows_of(dgate, 0, col), rows_of(dup, 0, col), from(dgate_magnitude, col),
+        from(dup_magnitude, col), rows_of(dy, 0, col),
+        {rows_of(gate, 0, col), rows_of(up, 0, col), from(gate_scale, col), from(up_scale, col),
+         dy.dtype(), dy.num_rows(), cols});
+  });
+  divide(dgate_magnitude, of_gate.norm);
+  divide(dup_magnitude, of_up.norm);
+}
+
+void CpuBackend::row_squares(Tensor& squares, const Tensor& w) {
+  for_each_rows(w.num_rows(), [&](int64_t first, int64_t rows) {
+    kernels_.row_squares(squares.data<float>() + first, rows_of(w, first, 0), w.dtype(), rows,
+                         w.cols());
+  });
+}
+
+// P (r, N) = s^2 (A A^T) B^T + 2 s A W^T: W is read once, as in a forward of r rows. Then
+// norm[n]^2 = squares[n] + sum_j P[j,n] B[n,j].
+void CpuBackend::dora_norms(std::span<const DoraNorm> layers) {
+  for (const DoraNorm& layer : layers) {
+    const int64_t r = layer.a.size(0), N = layer.b.size(0);
+    const double s = layer.scaling;
+    Tensor gram = Tensor::empty({r, r}, DType::F32, Device::CPU, Scope::Scratch);
+    Tensor p = Tensor::empty({r, N}, DType::F32, Device::CPU, Scope::Scratch);
+    const GemmTerm gram_term{.a = layer.a, .b = layer.a, .transpose_b = true};
+    gemm(gram, {&gram_term, 1});
+    const GemmTerm terms[] = {
+        {.a = gram, .b = layer.b, .transpose_b = true, .alpha = s * s},
+        {.a = layer.a, .b = layer.weight, .transpose_b = true, .alpha = 2 * s}};
+    gemm(p, terms);
+    const float *b = layer.b.data<float>(), *squares = layer.squares.data<float>();
+    for (int64_t n = 0; n < N; ++n) {
+      float sum = squares[n];
+      for (int64_t j = 0; j < r; ++j)
+        sum += p.data<float>()[j * N + n] * b[n * layer.b.row_stride() + j];
+      layer.norm.data<float>()[n] = std::sqrt(std::max(sum, 0.0f));
+    }
+  }
+}
+
+}  // namespace graft
