@@ -64,6 +64,18 @@ Tensor read_half(const SafetensorsFile& file, const std::string& name) {
   return transposed(value);
 }
 
+Tensor read_magnitude(const SafetensorsFile& file, const std::string& module, int64_t out) {
+  const SafetensorsEntry* entry = file.find(module + ".m");
+  CHECK(entry, file.path(), ": tensor '", module, ".m' is missing, and fine_tune_type is dora");
+  const Tensor value = file.tensor(entry->name).to(DType::F32, Scope::Adapters);
+  CHECK(value.shape() == Shape{out}, file.path(), ": tensor '", entry->name, "' is ", value.shape(),
+        ", expected (", out, ")");
+  for (int64_t i = 0; i < out; ++i)
+    CHECK(std::isfinite(value.data<float>()[i]), file.path(), ": tensor '", entry->name,
+          "' holds NaN or infinity at element ", i);
+  return value;
+}
+
 }  // namespace
 
 bool is_mlx_adapter(const std::string& directory) {
@@ -74,7 +86,8 @@ AdapterFile read_mlx_adapter(const std::string& directory) {
   const std::string path = (fs::path(directory) / kConfig).string();
   const nlohmann::json json = read_json_object(path);
   const std::string type = JsonReader(path, json).text("fine_tune_type", "lora");
-  CHECK(type == "lora", path, ": fine_tune_type is '", type, "', expected lora");
+  CHECK(type == "lora" || type == "dora", path, ": fine_tune_type is '", type,
+        "', expected lora or dora");
   CHECK(json.contains("lora_parameters") && json["lora_parameters"].is_object(), path,
         ": lora_parameters is missing; expected the adapter_config.json of mlx-lm");
   const JsonReader parameters(path, json["lora_parameters"]);
@@ -85,6 +98,7 @@ AdapterFile read_mlx_adapter(const std::string& directory) {
   adapter.directory = directory;
   const SafetensorsFile file((fs::path(directory) / kWeights).string());
   for (const SafetensorsEntry& entry : file.entries()) {
+    if (type == "dora" && entry.name.ends_with(".m")) continue;  // with its A and B
     const bool is_a = entry.name.ends_with(".lora_a"), is_b = entry.name.ends_with(".lora_b");
     CHECK(is_a || is_b, file.path(), ": tensor '", entry.name,
           "' has no place in a LoRA adapter; expected names that end with lora_a and lora_b");
@@ -98,8 +112,10 @@ AdapterFile read_mlx_adapter(const std::string& directory) {
     CHECK(a.size(0) == b.size(1), file.path(), ": ", module, " has ranks ", a.size(0), " and ",
           b.size(1), " in its halves");
     adapter.modules.push_back({module, a, b, {}, scale});
+    if (type == "dora") adapter.modules.back().magnitude = read_magnitude(file, module, b.size(0));
   }
   CHECK(!adapter.modules.empty(), file.path(), ": holds no LoRA tensors");
+  adapter.config.use_dora = type == "dora";
   adapter.config.lora_dropout = parameters.number("dropout", 0);
   describe_modules(adapter, /*keep_targets=*/false);
   if (is_grid(adapter)) {
@@ -119,8 +135,6 @@ void write_mlx_adapter(const AdapterFile& file, int64_t num_layers, const std::s
     const int64_t layer = layer_of(module.name);
     CHECK(layer >= 0 && layer < num_layers, "convert: ", module.name,
           " is in no layer of a model of ", num_layers, " layers; mlx-lm adapts layers alone");
-    CHECK(!module.magnitude.defined(), "convert: ", module.name,
-          " is DoRA; make a LoRA adapter of it first, with --to lora");
     rank = std::max(rank, module.a.size(0));
     first = std::min(first, layer);
     keys.insert(within_layer(module.name));
@@ -130,9 +144,10 @@ void write_mlx_adapter(const AdapterFile& file, int64_t num_layers, const std::s
     tensors.push_back({module.name + ".lora_a", transposed(module.a, 1, module.a.size(1), rank)});
     tensors.push_back({module.name + ".lora_b",
                        transposed(module.b, module.scaling / scale, rank, module.b.size(0))});
+    if (module.magnitude.defined()) tensors.push_back({module.name + ".m", module.magnitude});
   }
   const nlohmann::json config = {
-      {"fine_tune_type", "lora"},
+      {"fine_tune_type", has_dora(file) ? "dora" : "lora"},
       {"num_layers", num_layers - first},
       {"lora_parameters",
        {{"rank", rank}, {"scale", scale}, {"dropout", file.config.lora_dropout}, {"keys", keys}}}};

@@ -1,5 +1,6 @@
 // Adapters as mlx-lm keeps them: adapters.safetensors with lora_a (in, r) and lora_b (r, out), the
-// transposes of PEFT's, and an adapter_config.json with one rank and one raw scale for all modules.
+// transposes of PEFT's, for DoRA m (out), and an adapter_config.json with one rank and one raw
+// scale for all modules.
 #pragma once
 
 #include <string>

@@ -6,6 +6,7 @@
 #include "models/mlx_adapter.h"
 
 #include "models/adapter.h"
+#include "models/combine.h"
 #include "models/weights.h"
 #include "tests/golden_case.h"
 
@@ -31,7 +32,7 @@ TEST_P(MadeByMlx, GivesMlxLogits) {
   EXPECT_LT(worst_share(logits_of(*model, golden["input_ids"]), golden_numbers(golden["logits"])),
             1e-5);
 }
-INSTANTIATE_TEST_SUITE_P(Golden, MadeByMlx, testing::Values("all_layers", "last_layer"),
+INSTANTIATE_TEST_SUITE_P(Golden, MadeByMlx, testing::Values("all_layers", "last_layer", "dora"),
                          [](const auto& info) { return std::string(info.param); });
 
 // Plain; rsLoRA and patterns in one layer of two; the same in all layers: ranks 2, 4, 6 and unlike
@@ -64,13 +65,21 @@ TEST_P(WrittenElsewhere, IsWhatMlxHasRead) {
 
 TEST_P(WrittenElsewhere, IsWhatGgufHasRead) {
   const ScratchFolder scratch;
+  if (has_dora(adapter())) {
+    EXPECT_NE(error_of([&] {
+                write_gguf_adapter(adapter(), model(), scratch / "a.gguf");
+              }).find("llama.cpp does not load"),
+              std::string::npos);
+    return;
+  }
   write_gguf_adapter(adapter(), model(), scratch / "a.gguf");
   expect_same(scratch / "a.gguf", kWritten + "gguf/" + case_name() + ".gguf");
   EXPECT_NE(golden_bytes(kWritten + "gguf/" + case_name() + ".txt").find("largest difference of"),
             std::string::npos);
 }
 INSTANTIATE_TEST_SUITE_P(Golden, WrittenElsewhere,
-                         testing::Values("llama_gqa", "patterns", "patterns_all_layers"),
+                         testing::Values("llama_gqa", "patterns", "patterns_all_layers",
+                                         "dora_patterns"),
                          [](const auto& info) { return std::string(info.param); });
 
 TEST(MlxAdapter, RefusesWhatItDoesNotKnow) {
@@ -92,7 +101,8 @@ TEST(MlxAdapter, RefusesWhatItDoesNotKnow) {
   const auto expect = [](const std::string& error, const std::string& part) {
     EXPECT_NE(error.find(part), std::string::npos) << error;
   };
-  expect(refusal([](auto& c, auto&) { c["fine_tune_type"] = "full"; }), "'full', expected lora");
+  expect(refusal([](auto& c, auto&) { c["fine_tune_type"] = "full"; }),
+         "'full', expected lora or dora");
   expect(refusal([](auto& c, auto&) { c["lora_parameters"].erase("scale"); }), "has no scale");
   expect(refusal([](auto& c, auto&) { c.erase("lora_parameters"); }), "lora_parameters is missing");
   expect(refusal([](auto&, auto& t) { t.pop_back(); }), "its other half is there");

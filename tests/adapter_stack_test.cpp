@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "models/adapter_delta.h"
 #include "models/weights.h"
 #include "tests/golden_case.h"
 
@@ -42,7 +43,8 @@ TEST_P(Stacked, AgreesInBf16) {
             4e-2);
 }
 INSTANTIATE_TEST_SUITE_P(Golden, Stacked,
-                         testing::Values("mixed_ranks", "mixed_rslora", "three", "one"),
+                         testing::Values("mixed_ranks", "mixed_rslora", "three", "one", "dora",
+                                         "dora_and_lora", "dora_patterns"),
                          [](const auto& info) { return std::string(info.param); });
 
 std::vector<const void*> addresses(Decoder& model) {
@@ -95,57 +97,70 @@ TEST(AdapterStack, IsAsItWasWhenAnAdapterDoesNotFit) {
             1e-5);
 }
 
-// A trained pair over frozen ones: its gradients are those it has on a base into which the frozen
-// ones are merged by hand, and it gets them all.
-TEST(AdapterStack, CarriesATrainedPairOnTop) {
-  const auto loss_and_gradients = [](bool stacked) {
-    auto model = load_model(kQwen3);
-    AdapterStack stack(*model);
+// A trained pair over frozen ones, DoRA among them: loss and gradients are those on a base into
+// which the frozen ones are merged. A trained DoRA counts from the base's own rows, so only LoRA
+// can be compared so.
+class OnTop : public testing::TestWithParam<const char*> {};
+
+std::vector<double> loss_and_gradients(const Json& golden, bool stacked) {
+  auto model = load_model(golden["model"]);
+  AdapterStack stack(*model);
+  for (const Json& one : golden["adapters"]) {
     if (stacked) {
-      stack.attach(kAdapters + "qwen3_tied", 0.7);
-      stack.attach(kAdapters + "patterns", -0.4);
-    } else {
-      for (const auto& [directory, weight] :
-           {std::pair{"qwen3_tied", 0.7}, std::pair{"patterns", -0.4}}) {
-        const AdapterFile file = read_adapter(kAdapters + directory);
-        for (const NamedLinear& layer : linear_layers(*model)) {
-          const AdapterModule* module = file.find(layer.name);
-          if (!module) continue;
-          Tensor w = layer.linear->weight.value().clone();
-          const int64_t r = module->a.size(0), in = w.size(1);
-          for (int64_t o = 0; o < w.size(0); ++o)
-            for (int64_t i = 0; i < in; ++i) {
-              double sum = 0;
-              for (int64_t k = 0; k < r; ++k)
-                sum += double(module->b.data<float>()[o * r + k]) *
-                       module->a.data<float>()[k * in + i];
-              w.data<float>()[o * in + i] += float(weight * module->scaling * sum);
-            }
-          layer.linear->weight.set_value(w);
-        }
-      }
+      stack.attach(one[0], one[1]);
+      continue;
     }
-    LoraConfig config;
-    config.r = 3;
-    config.init_lora_weights = LoraConfig::Init::Random;
-    attach_lora(*model, config, 5);
-    ForwardContext context;
-    context.training = true;  // with dropout, whose mask is the same
-    context.dropout.seed = 9;
-    const std::vector<int32_t> row = {5, 17, 80, 3, 44, 9, 61, 12};
-    const Variable loss = model->loss(pack({row}, {row}), context, 1.0 / 7, true);
-    backward(loss);
-    std::vector<double> all = {loss.value().item()};
-    for (const NamedLinear& layer : linear_layers(*model)) {
-      if (!layer.linear->lora) continue;
-      for (const Variable& leaf : {layer.linear->lora->a, layer.linear->lora->b})
-        for (const double x : leaf.grad().to_doubles()) all.push_back(x);
+    const AdapterFile file = read_adapter(one[0]);
+    const auto bare = load_model(golden["model"]);
+    const auto from = linear_layers(*bare), to = linear_layers(*model);
+    for (size_t i = 0; i < to.size(); ++i) {
+      const AdapterModule* module = file.find(to[i].name);
+      if (!module) continue;
+      Tensor w = to[i].linear->weight.value().clone();
+      add_delta(w, from[i].linear->weight.value(), *module, one[1]);
+      to[i].linear->weight.set_value(w);
     }
-    return all;
-  };
-  const std::vector<double> merged = loss_and_gradients(false);
+  }
+  LoraConfig config;
+  config.r = 3;
+  config.init_lora_weights = LoraConfig::Init::Random;
+  attach_lora(*model, config, 5);
+  ForwardContext context;
+  context.training = true;  // with dropout, whose mask is the same
+  context.dropout.seed = 9;
+  const std::vector<int32_t> row = {5, 17, 80, 3, 44, 9, 61, 12};
+  const Variable loss = model->loss(pack({row}, {row}), context, 1.0 / 7, true);
+  backward(loss);
+  std::vector<double> all = {loss.value().item()};
+  for (const NamedLinear& layer : linear_layers(*model)) {
+    if (!layer.linear->lora) continue;
+    for (const Variable& leaf : {layer.linear->lora->a, layer.linear->lora->b})
+      for (const double x : leaf.grad().to_doubles()) all.push_back(x);
+  }
+  return all;
+}
+
+TEST_P(OnTop, ATrainedPairLearnsAsOnAMergedBase) {
+  const Json golden = golden_json(std::string("tests/golden/stacks/") + GetParam() + ".json");
+  const std::vector<double> merged = loss_and_gradients(golden, false);
   ASSERT_GT(merged.size(), 1000u);
-  EXPECT_LT(worst_share(loss_and_gradients(true), merged), 1e-5);
+  EXPECT_LT(worst_share(loss_and_gradients(golden, true), merged), 1e-5);
+}
+INSTANTIATE_TEST_SUITE_P(Golden, OnTop, testing::Values("mixed_ranks", "dora", "dora_and_lora"),
+                         [](const auto& info) { return std::string(info.param); });
+
+// DoRA on top of a stack: the sum of both deltas, each from the base, whichever of the two is the
+// trained one.
+TEST(AdapterStack, CarriesATrainedDora) {
+  const Json golden = golden_json("tests/golden/stacks/dora_and_lora.json");
+  auto model = load_model(golden["model"]);
+  AdapterStack stack(*model);
+  stack.attach(golden["adapters"][0][0], golden["adapters"][0][1]);
+  const int64_t second = stack.attach(golden["adapters"][1][0], 1);
+  const std::vector<double> wanted = logits_of(*model, golden["input_ids"]);
+  stack.detach(second);
+  load_adapter(*model, golden["adapters"][1][0]);
+  EXPECT_LT(worst_share(logits_of(*model, golden["input_ids"]), wanted), 1e-5);
 }
 
 TEST(AdapterChoice, TakesAWeightBehindTheLastColonOfAPathThatExists) {

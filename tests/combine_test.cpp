@@ -37,8 +37,31 @@ class Sum : public testing::TestWithParam<const char*> {
   }
 };
 
-TEST_P(Sum, ByCatIsExact) {
+// Where there is DoRA, the weights of the base are asked for.
+BaseWeight base_of(const Json& golden) {
+  std::shared_ptr<Decoder> model = load_model(golden["model"]);
+  return [model](const std::string& name) {
+    for (const NamedLinear& layer : linear_layers(*model))
+      if (layer.name == name) return layer.linear->weight.value();
+    return Tensor();
+  };
+}
+
+bool any_dora(const Json& golden) {
+  for (const WeightedAdapter& adapter : adapters_of(golden))
+    if (has_dora(adapter.file)) return true;
+  return false;
+}
+
+TEST_P(Sum, ByCatIsExactAndRefusesDora) {
   const Json golden = this->golden();
+  if (any_dora(golden)) {
+    const std::string error = error_of([&] { combine_cat(adapters_of(golden)); });
+    EXPECT_NE(error.find("full rank"), std::string::npos) << error;
+    EXPECT_NE(error_of([&] { combine_svd(adapters_of(golden), 4); }).find("--model"),
+              std::string::npos);
+    return;
+  }
   const Combined combined = combine_cat(adapters_of(golden));
   EXPECT_LT(worst_share(logits_with(combined.file, golden), golden_numbers(golden["logits"])),
             1e-5);
@@ -46,7 +69,7 @@ TEST_P(Sum, ByCatIsExact) {
 
 TEST_P(Sum, BySvdKeepsTheEnergyThatTorchFinds) {
   const Json golden = this->golden();
-  const Combined combined = combine_svd(adapters_of(golden), golden["rank"]);
+  const Combined combined = combine_svd(adapters_of(golden), golden["rank"], base_of(golden));
   ASSERT_EQ(combined.modules.size(), golden["energy"].size());
   for (const CombinedModule& module : combined.modules) {
     const double energy = golden["energy"].at(module.name);
@@ -60,13 +83,14 @@ TEST_P(Sum, BySvdKeepsTheEnergyThatTorchFinds) {
 
 TEST_P(Sum, BySvdOfTheWholeRankIsExact) {
   const Json golden = this->golden();
-  const Combined combined = combine_svd(adapters_of(golden), 64);
+  const Combined combined = combine_svd(adapters_of(golden), 64, base_of(golden));
   EXPECT_LT(worst_share(logits_with(combined.file, golden), golden_numbers(golden["logits"])),
             1e-5);
   for (const CombinedModule& module : combined.modules) EXPECT_NEAR(module.energy, 1, 1e-9);
 }
 INSTANTIATE_TEST_SUITE_P(Golden, Sum,
-                         testing::Values("mixed_ranks", "mixed_rslora", "three", "one"),
+                         testing::Values("mixed_ranks", "mixed_rslora", "three", "one", "dora",
+                                         "dora_and_lora", "dora_patterns"),
                          [](const auto& info) { return std::string(info.param); });
 
 std::vector<double> dense(const AdapterModule& module) {

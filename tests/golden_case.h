@@ -55,7 +55,8 @@ inline std::vector<double> logits_of(Decoder& model, const nlohmann::json& rows)
   std::vector<double> all;
   for (const auto& row : rows) {
     const PackedBatch batch = pack({row.get<std::vector<int32_t>>()});
-    for (const double x : model.logits(model.forward(batch, {}).value()).to_doubles())
+    for (const double x :
+         model.logits(model.forward(batch, {}).value()).to(Device::CPU).to_doubles())
       all.push_back(x);
   }
   return all;

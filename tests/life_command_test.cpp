@@ -19,7 +19,7 @@ class Life : public TinyRun {
  protected:
   void SetUp() override {
     ASSERT_TRUE(fs::exists(binary())) << binary() << ": build it with make, or set GRAFT_BINARY";
-    for (const char* name : {"qwen3_tied", "patterns"})
+    for (const char* name : {"qwen3_tied", "patterns", "dora_patterns"})
       for (const char* file : {"adapter_config.json", "adapter_model.safetensors"}) {
         fs::create_directories(path(name));
         fs::copy(std::string("tests/golden/adapters/") + name + "/" + file, path(name));
@@ -117,6 +117,28 @@ TEST_F(Life, ReducesRanksAndSaysWhatThatCosts) {
   EXPECT_EQ(small.config.r, 2);
   EXPECT_EQ(small.modules.size(), 14u);
   EXPECT_NE(ok(kGenerate + "--adapter small"), ok(kGenerate));
+}
+
+// A DoRA adapter stacked, merged, as LoRA of full rank, and as LoRA of a rank that loses something.
+TEST_F(Life, TakesDoraAllTheWay) {
+  const std::string both = "--adapter dora_patterns --adapter qwen3_tied:0.5 ";
+  const std::string stacked = ok(kGenerate + both);
+  EXPECT_NE(stacked, ok(kGenerate + "--adapter qwen3_tied:0.5"));
+  ok("merge --model model " + both + "-o merged");
+  EXPECT_EQ(ok("generate --model merged --prompt hello --max-new-tokens 12 --ids"), stacked);
+  refused("combine " + both + "-o sum", {"dora_patterns is a DoRA adapter", "--method svd"});
+  ok("combine --model model " + both + "-o sum --method svd --rank 64");
+  EXPECT_EQ(ok(kGenerate + "--adapter sum"), stacked);
+  const std::string table =
+      ok("convert --model model --adapter dora_patterns --to lora --rank 4 -o lora");
+  EXPECT_NE(table.find("least energy, largest error"), std::string::npos) << table;
+  EXPECT_FALSE(read_adapter(path("lora")).config.use_dora);
+  refused("convert --model model --adapter dora_patterns --to gguf -o x.gguf", {"--to lora"});
+  refused("convert --model model --adapter dora_patterns --rank 2 -o x", {"take --to lora"});
+  ok("convert --model model --adapter dora_patterns --to mlx -o mlx");
+  ok("convert --model model --adapter mlx -o back");
+  EXPECT_TRUE(read_adapter(path("back")).config.use_dora);
+  EXPECT_EQ(ok(kGenerate + "--adapter back"), ok(kGenerate + "--adapter dora_patterns"));
 }
 
 TEST_F(Life, ComesBackFromMlxAsItWent) {

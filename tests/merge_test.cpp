@@ -36,7 +36,8 @@ void merge(const Json& golden, DType dtype, const std::string& folder) {
 }
 
 TEST(Merge, GivesTheLogitsOfTransformers) {
-  for (const char* name : {"mixed_ranks", "mixed_rslora", "three", "one"}) {
+  for (const char* name :
+       {"mixed_ranks", "mixed_rslora", "three", "one", "dora", "dora_and_lora", "dora_patterns"}) {
     const Json golden = golden_of(name);
     const ScratchFolder scratch;
     merge(golden, DType::F32, scratch / "m");

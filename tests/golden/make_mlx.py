@@ -16,6 +16,8 @@ CASES = {
     "all_layers": ("llama_gqa", 2, {"rank": 4, "scale": 2.5, "dropout": 0.0, "keys": None}),
     "last_layer": ("qwen2_tied", 1, {"rank": 3, "scale": 20.0, "dropout": 0.1,
                                      "keys": ["self_attn.q_proj", "mlp.down_proj"]}),
+    "dora": ("qwen2_tied", 2, {"rank": 2, "scale": 4.0, "dropout": 0.0,
+                               "keys": ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"]}),
 }
 ROW = [5, 17, 80, 3, 44, 9, 61, 12]
 
@@ -28,17 +30,20 @@ def main():
         base = model(mx.array([ROW]))
         model.freeze()
         keys = parameters["keys"]
-        linear_to_lora_layers(model, layers, {**parameters, "keys": keys and set(keys)})
+        linear_to_lora_layers(model, layers, {**parameters, "keys": keys and set(keys)},
+                              use_dora=case == "dora")
         weights = dict(tree_flatten(model.trainable_parameters()))
         for key in weights:  # B begins as zero
             if key.endswith("lora_b"):
                 weights[key] = mx.random.normal(weights[key].shape) * 0.1
+            if key.endswith(".m"):
+                weights[key] = weights[key] * mx.random.uniform(0.5, 1.5, weights[key].shape)
         model.load_weights(list(weights.items()), strict=False)
         model.eval()
         logits = model(mx.array([ROW]))
         assert mx.abs(logits - base).max() > 0.05 * mx.abs(base).max()
         mx.save_safetensors(f"{folder}/adapters.safetensors", weights)
-        config = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": parameters,
+        config = {"fine_tune_type": "dora" if case == "dora" else "lora", "num_layers": layers, "lora_parameters": parameters,
                   "model": f"tests/golden/models/{name}", "iters": 1000}
         Path(f"{folder}/adapter_config.json").write_text(json.dumps(config, indent=4))
         write_json(f"{folder}/golden.json", {"model": f"tests/golden/models/{name}",

@@ -13,6 +13,9 @@ CASES = {
     "mixed_rslora": ("qwen2_tied", [("qwen2_tied", 1.0), ("patterns_all_layers", 0.5)]),
     "three": ("llama_gqa", [("llama_gqa", 0.5), ("regex", 1.5), ("llama_gqa", 0.25)]),
     "one": ("qwen2_tied", [("patterns_all_layers", 1.0)]),
+    "dora": ("llama_bias", [("dora_bias", 0.6)]),
+    "dora_and_lora": ("qwen2_tied", [("qwen2_tied", 0.5), ("dora_qwen2_tied", 0.7)]),
+    "dora_patterns": ("qwen3_tied", [("dora_patterns", 1.0), ("qwen3_tied", -0.3)]),
 }
 RANK = 3
 
@@ -66,7 +69,7 @@ def check_against_peft(name, adapters):
 def main():
     folder = fresh_folder("stacks")
     for case, (name, adapters) in CASES.items():
-        gen = generator(3000 + len(case))
+        gen = generator(3000 + list(CASES).index(case))
         rows = [torch.randint(3, 96, (n,), generator=gen).tolist() for n in (15, 8)]
         change = total(name, adapters)
         logits = [logits_of(with_deltas(name, change), r) for r in rows]
