@@ -20,7 +20,8 @@ ALLFLAGS := -std=c++20 $(CXXFLAGS) -Wall -Wextra -Wno-restrict -I. -MMD -MP -pth
 LIBS     := -lyaml-cpp -lpcre2-8 -lutf8proc -pthread
 
 # --- packages (Debian and Ubuntu) -----------------------------------------------------------------
-BUILD_PACKAGES := g++ libcxxopts-dev libyaml-cpp-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev
+BUILD_PACKAGES := g++ libcxxopts-dev libyaml-cpp-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev \
+                  libeigen3-dev
 TEST_PACKAGES  := libgtest-dev libbenchmark-dev libopenblas-dev libboost-context-dev
 CHECK_PACKAGES := clang-format binutils
 PACKAGES       := $(BUILD_PACKAGES) $(TEST_PACKAGES) $(CHECK_PACKAGES)

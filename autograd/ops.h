@@ -55,6 +55,12 @@ struct DoraFactor {
 };
 Variable dora_linear(const Variable& x, const Variable& weight, const Variable& bias,
                      const LoraArguments& lora, const DoraFactor& dora);
+// y = base + scaling (x A^T) B^T with frozen A (r, K) and B (N, r): what adapters that are not
+// trained add to a layer. dbase = dy, dx = scaling (dy B) A. base (T, N), x (T, K).
+Variable add_low_rank(const Variable& base, const Variable& x, const Tensor& a, const Tensor& b,
+                      double scaling);
+// y[t,n] = m[n] / norm[n] h[t,n] + bias[n] with frozen m and bias; dh = m / norm dy.
+Variable scale_columns(const Variable& h, const DoraFactor& rows, const Variable& bias = {});
 
 // Frozen linear layers that share their input, each with an adapter or none, as one product. In the
 // columns of layer i, y is what lora_linear gives for it; dropout has a mask for each layer.

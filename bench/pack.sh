@@ -20,7 +20,7 @@ check_needed() {
 # What the libraries inside ask to be passed on with them.
 licences() {
   local package
-  for package in libyaml-cpp-dev libpcre2-dev libutf8proc-dev nlohmann-json3-dev libcxxopts-dev libstdc++-12-dev "$@"; do
+  for package in libyaml-cpp-dev libpcre2-dev libutf8proc-dev nlohmann-json3-dev libcxxopts-dev libeigen3-dev libstdc++-12-dev "$@"; do
     if [ -f "/usr/share/doc/$package/copyright" ]; then
       printf '==== %s\n\n' "$package"
       cat "/usr/share/doc/$package/copyright"

@@ -1,96 +1,70 @@
-// PEFT's file format, tensor by tensor; adapter_config.cpp has the configuration.
 #include "models/adapter.h"
 
-#include <cmath>
-#include <filesystem>
-#include <set>
-
-#include "models/adapter_config.h"
-#include "models/json_file.h"
+#include "models/nearest_name.h"
 #include "tensor/backend.h"
-#include "tensor/safetensors.h"
 
 namespace graft {
 namespace {
 
-namespace fs = std::filesystem;
-
-const char* const kConfigFile = "adapter_config.json";
-const char* const kWeightsFile = "adapter_model.safetensors";
-
-// By the name of a leaf (adapter_leaves): a magnitude's has no ".weight" on disk.
-std::string tensor_name(const std::string& leaf) {
-  const bool is_magnitude = leaf.ends_with(".lora_magnitude_vector");
-  return concat("base_model.model.", leaf, is_magnitude ? "" : ".weight");
-}
-
-// The tensor as F32, checked against the shape that the model and the config imply.
-Tensor read_half(const SafetensorsFile& file, const std::string& name, const Shape& shape) {
-  const SafetensorsEntry* entry = file.find(name);
-  CHECK(entry, file.path(), ": tensor '", name, "' is missing (", file.entries().size(),
-        " tensors); is the file whole, and does adapter_config.json belong to it?");
-  CHECK(entry->dtype == "F32" || entry->dtype == "BF16" || entry->dtype == "F16", file.path(),
-        ": tensor '", name, "' is ", entry->dtype, ", expected F32, BF16 or F16");
-  const Tensor tensor = file.tensor(name);
-  CHECK(tensor.shape() == shape, file.path(), ": tensor '", name, "' is ", tensor.shape(),
-        ", expected ", shape,
-        " by the model and adapter_config.json; is this the base model of the adapter?");
-  const Tensor value = tensor.to(DType::F32, Scope::Adapters);
-  for (int64_t i = 0; i < value.num_elements(); ++i)
-    CHECK(std::isfinite(value.data<float>()[i]), file.path(), ": tensor '", name,
-          "' holds NaN or infinity at element ", i);
-  return value;
-}
-
-void fill_pairs(const std::vector<NamedLinear>& layers, const SafetensorsFile& file) {
-  std::set<std::string> expected;
-  for (const auto& [name, linear] : layers) {
-    if (!linear->lora) continue;
-    for (const auto& [leaf, variable] : adapter_leaves(name, *linear->lora))
-      expected.insert(tensor_name(leaf));
+// What the file says against the model, before anything is attached.
+void check_fits(const AdapterFile& file, const std::vector<NamedLinear>& layers,
+                const ModelConfig& config) {
+  for (const auto& [name, tokens] : file.embeddings) {
+    CHECK(tokens == config.vocab_size, file.directory, ": '", name, "' has ", tokens,
+          " tokens, but the model has ", config.vocab_size,
+          "; the adapter was trained on a base whose vocabulary was resized, give that one");
+    fail(file.directory, ": '", name,
+         "' has no place in this model: whole embeddings beside an "
+         "adapter are not supported");
   }
-  for (const auto& entry : file.entries()) {
-    CHECK(expected.contains(entry.name) || !entry.name.ends_with(".lora_magnitude_vector"),
-          file.path(), ": tensor '", entry.name,
-          "' has no place: it belongs to a DoRA layer, and adapter_config.json has use_dora false "
-          "or does not target it");
-    CHECK(expected.contains(entry.name), file.path(), ": tensor '", entry.name,
-          "' has no place in this model with this adapter_config.json; the adapter is refused");
-  }
-  for (const auto& [name, linear] : layers) {
-    if (!linear->lora) continue;
-    for (const auto& [leaf, variable] : adapter_leaves(name, *linear->lora)) {
-      Tensor value = variable.value();
-      backend_of(value).copy(value, read_half(file, tensor_name(leaf), value.shape()));
+  for (const AdapterModule& module : file.modules) {
+    const auto same = [&](const NamedLinear& layer) { return layer.name == module.name; };
+    const auto layer = std::find_if(layers.begin(), layers.end(), same);
+    if (layer == layers.end()) {
+      std::vector<std::string> names;
+      for (const NamedLinear& one : layers) names.push_back(one.name);
+      const std::string nearest = nearest_name(module.name, names);
+      const auto other = std::find_if(layers.begin(), layers.end(),
+                                      [&](const NamedLinear& one) { return one.name == nearest; });
+      fail(file.directory, ": '", module.name, "' has no place in this model (",
+           config.architecture, ", ", config.num_hidden_layers, " layers); its nearest module is '",
+           nearest, "', (", other->linear->out_features(), ", ", other->linear->in_features(),
+           "); is the adapter for another model or family?");
     }
+    const Linear& linear = *layer->linear;
+    CHECK(module.a.size(1) == linear.in_features() && module.b.size(0) == linear.out_features(),
+          file.directory, ": '", module.name, "' has A ", module.a.shape(), " and B ",
+          module.b.shape(), ", expected (r, ", linear.in_features(), ") and (",
+          linear.out_features(), ", r); is this the base model of the adapter?");
   }
 }
 
-std::vector<std::string> short_names(const std::vector<NamedLinear>& layers) {
-  std::set<std::string> names;
-  for (const auto& [name, linear] : layers)
-    if (linear->lora) names.insert(name.substr(name.rfind('.') + 1));
-  return {names.begin(), names.end()};
+void fill_pairs(const std::vector<NamedLinear>& layers, const AdapterFile& file) {
+  for (const auto& [name, linear] : layers) {
+    if (!linear->lora) continue;
+    const AdapterModule* module = file.find(name);
+    CHECK(
+        module, file.directory, ": the tensors of '", name, "' are missing (", file.modules.size(),
+        " modules are there), but adapter_config.json names it; do the two files belong together?");
+    Tensor a = linear->lora->a.value(), b = linear->lora->b.value();
+    backend_of(a).copy(a, module->a);
+    backend_of(b).copy(b, module->b);
+    if (!linear->lora->magnitude.defined()) continue;
+    Tensor magnitude = linear->lora->magnitude.value();
+    backend_of(magnitude).copy(magnitude, module->magnitude);
+  }
 }
 
 }  // namespace
 
-LoraConfig load_adapter_config(const std::string& directory) {
-  const std::string path = (fs::path(directory) / kConfigFile).string();
-  CHECK(fs::exists(path), path, ": no such file; expected the directory of a PEFT adapter");
-  return parse_adapter_config(read_json_object(path), path);
-}
-
-LoraConfig load_adapter(Decoder& model, const std::string& directory) {
-  const LoraConfig config = load_adapter_config(directory);
-  const fs::path weights = fs::path(directory) / kWeightsFile;
-  CHECK(fs::exists(weights) || !fs::exists(fs::path(directory) / "adapter_model.bin"), directory,
-        ": holds adapter_model.bin alone, which graft does not read; save it again as safetensors "
-        "(PEFT: model.save_pretrained with safe_serialization=True)");
-  const SafetensorsFile file(weights.string());
+LoraConfig load_adapter(Decoder& model, const std::string& directory, const AdapterChecks& checks) {
+  const AdapterFile file = read_adapter(directory);
+  if (!checks.allow_other_base) check_same_base(file.base, model.fingerprint, directory);
+  if (!checks.allow_empty) check_not_empty(file);
   const auto layers = linear_layers(model);
+  check_fits(file, layers, model.config());
   try {
-    attach_lora(layers, config, 0);
+    attach_lora(layers, file.config, 0);
     fill_pairs(layers, file);
     model.refresh_adapters();
   } catch (const Error& error) {
@@ -99,23 +73,20 @@ LoraConfig load_adapter(Decoder& model, const std::string& directory) {
     if (text.find(directory) != std::string::npos) throw;
     fail(directory, ": ", text);
   }
-  return config;
+  return file.config;
 }
 
 void save_adapter(Decoder& model, const LoraConfig& config, const std::string& directory) {
-  std::vector<NamedTensor> tensors;
-  const auto layers = linear_layers(model);
-  for (const auto& [name, linear] : layers) {
+  AdapterFile file;
+  file.config = config;
+  file.base = model.fingerprint;
+  for (const auto& [name, linear] : linear_layers(model)) {
     if (!linear->lora) continue;
-    for (const auto& [leaf, variable] : adapter_leaves(name, *linear->lora))
-      tensors.push_back({tensor_name(leaf), variable.value()});
+    const LoraPair& pair = *linear->lora;
+    const Tensor magnitude = pair.magnitude.defined() ? pair.magnitude.value() : Tensor();
+    file.modules.push_back({name, pair.a.value(), pair.b.value(), magnitude, pair.scaling});
   }
-  CHECK(!tensors.empty(), "save_adapter: the model has no adapter");
-  fs::create_directories(directory);
-  // The weights first: a directory with a config alone would look whole to a reader.
-  write_safetensors((fs::path(directory) / kWeightsFile).string(), std::move(tensors), DType::F32);
-  write_file_atomically((fs::path(directory) / kConfigFile).string(),
-                        format_adapter_config(config, short_names(layers)));
+  write_adapter(file, directory);
 }
 
 }  // namespace graft

@@ -1,25 +1,28 @@
-// An adapter on disk: adapter_config.json and adapter_model.safetensors as PEFT writes and reads
-// them.
+// An adapter on a model: adapter_config.json and adapter_model.safetensors as PEFT writes and reads
+// them (models/adapter_file.h), attached and saved.
 #pragma once
 
 #include <string>
 
+#include "models/adapter_file.h"
 #include "models/decoder.h"
 #include "nn/lora.h"
 
 namespace graft {
 
-// Reads `directory`/adapter_config.json. Missing keys take PEFT's defaults (r 8, lora_alpha 8,
-// dropout 0). Throws an Error that names the key for anything that changes the arithmetic and is
-// not understood.
-LoraConfig load_adapter_config(const std::string& directory);
+struct AdapterChecks {
+  bool allow_other_base = false;  // take it although its fingerprints say that the base is another
+  bool allow_empty = true;        // take it although all its B are zero
+};
 
 // Attaches the adapter to the model and fills it. Every tensor must land: a key that is not
-// understood, a missing half, a shape that does not fit is refused by name, and then the model is
-// left without any adapter.
-LoraConfig load_adapter(Decoder& model, const std::string& directory);
+// understood, a missing half, a shape that does not fit, another base is refused by name, and then
+// the model is left without any adapter.
+LoraConfig load_adapter(Decoder& model, const std::string& directory,
+                        const AdapterChecks& checks = {});
 
-// Writes both files, each aside and then renamed; F32. The directory is made if it is not there.
+// Writes both files, each aside and then renamed; F32, with the fingerprint of the base. The
+// directory is made if it is not there.
 void save_adapter(Decoder& model, const LoraConfig& config, const std::string& directory);
 
 }  // namespace graft

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "models/config.h"
+#include "models/fingerprint.h"
 #include "nn/linear_group.h"
 
 namespace graft {
@@ -75,8 +76,8 @@ class Decoder {
 
   // Lays the products of every layer out anew for forward and loss, once, after adapters are
   // attached; the base must be frozen. Returns what was done: Bordered becomes Merged where an
-  // adapter has dropout, for the mask applies to the low-rank product alone, and with DoRA, whose
-  // layers are scaled one by one, all becomes Plain.
+  // adapter has dropout, for the mask applies to the low-rank product alone. All becomes Plain with
+  // DoRA, whose layers are scaled one by one, and where frozen adapters are stacked.
   LoraLayout set_lora_layout(LoraLayout layout);
   // After adapters have changed: DoRA's norms and the borders of bordered weights follow them.
   // Nothing where there is neither.
@@ -99,7 +100,8 @@ class Decoder {
   Embedding embed_tokens;
   std::vector<DecoderLayer> layers;
   RmsNorm norm;
-  Linear lm_head;  // tied: its weight is the same Variable as embed_tokens.weight
+  BaseFingerprint fingerprint;  // of the files that load_model read
+  Linear lm_head;               // tied: its weight is the same Variable as embed_tokens.weight
 
  private:
   // q, k, v of a layer, ready for attention: (T, heads, D), rotated.

@@ -9,9 +9,10 @@ namespace {
 bool has_adapter(const Linear& layer) { return layer.lora != nullptr; }
 
 struct FindAdapters : Visitor {
-  bool dropout = false;
+  bool dropout = false, stacked = false;
   std::vector<const Linear*> dora;
   void linear(const std::string&, Linear& module) override {
+    stacked = stacked || !module.stack.empty();
     if (!module.lora) return;
     dropout = dropout || module.lora->dropout_p > 0;
     if (module.lora->magnitude.defined()) dora.push_back(&module);
@@ -27,7 +28,8 @@ FindAdapters find_adapters(Decoder& model) {
 
 LoraLayout Decoder::set_lora_layout(LoraLayout layout) {
   const FindAdapters adapters = find_adapters(*this);
-  if (layout == LoraLayout::Plain || !adapters.dora.empty()) return LoraLayout::Plain;
+  if (layout == LoraLayout::Plain || !adapters.dora.empty() || adapters.stacked)
+    return LoraLayout::Plain;
   if (adapters.dropout) layout = LoraLayout::Merged;
   const bool bordered = layout == LoraLayout::Bordered;
   for (DecoderLayer& layer : layers) {

@@ -286,6 +286,7 @@ std::unique_ptr<Decoder> load_model(const std::string& directory, std::optional<
   model->visit("", loader);
   loader.check_left_over();
   loader.fill();
+  model->fingerprint = fingerprint_of(directory);
   allocator_of(Device::Meta).release_cached();  // the address space of the placeholders
   return model;
 }
@@ -376,33 +377,39 @@ std::unique_ptr<Decoder> random_model(const ModelConfig& config, DType dtype, ui
 }
 
 void save_weights(Decoder& model, const std::string& directory, DType dtype) {
-  constexpr int64_t kMaxShardBytes = 5'000'000'000;  // transformers' default
   struct Collect : Visitor {
-    std::vector<NamedTensor> tensors;
+    DType dtype;
+    std::vector<TensorToMake> tensors;
     void parameter(const std::string& name, Variable& value) override {
-      tensors.push_back({name, value.value()});
+      const Tensor tensor = value.value();
+      tensors.push_back({name, tensor.shape(), dtype, [tensor] { return tensor; }});
     }
   } collect;
+  collect.dtype = dtype;
   model.visit("", collect);
+  write_shards(directory, std::move(collect.tensors));
+}
+
+void write_shards(const std::string& directory, std::vector<TensorToMake> tensors,
+                  int64_t max_shard_bytes) {
   fs::create_directories(directory);
   const auto path_of = [&](const std::string& file) {
     return (fs::path(directory) / file).string();
   };
-
-  std::vector<std::vector<NamedTensor>> shards(1);
+  std::vector<std::vector<TensorToMake>> shards(1);
   int64_t bytes = 0, total = 0;
-  for (const NamedTensor& named : collect.tensors) {
-    const int64_t size = named.tensor.num_elements() * dtype_size(dtype);
-    if (bytes > 0 && bytes + size > kMaxShardBytes) {
+  for (TensorToMake& tensor : tensors) {
+    const int64_t size = tensor.shape.num_elements() * dtype_size(tensor.dtype);
+    if (bytes > 0 && bytes + size > max_shard_bytes) {
       shards.emplace_back();
       bytes = 0;
     }
-    shards.back().push_back(named);
+    shards.back().push_back(std::move(tensor));
     bytes += size;
     total += size;
   }
   if (shards.size() == 1) {
-    write_safetensors(path_of("model.safetensors"), std::move(shards[0]), dtype);
+    write_safetensors(path_of("model.safetensors"), std::move(shards[0]));
     return;
   }
   nlohmann::ordered_json index = {{"metadata", {{"total_size", total}}},
@@ -410,8 +417,8 @@ void save_weights(Decoder& model, const std::string& directory, DType dtype) {
   for (size_t i = 0; i < shards.size(); ++i) {
     char file[64];
     std::snprintf(file, sizeof file, "model-%05zu-of-%05zu.safetensors", i + 1, shards.size());
-    for (const NamedTensor& named : shards[i]) index["weight_map"][named.name] = file;
-    write_safetensors(path_of(file), std::move(shards[i]), dtype);
+    for (const TensorToMake& tensor : shards[i]) index["weight_map"][tensor.name] = file;
+    write_safetensors(path_of(file), std::move(shards[i]));
   }
   write_file_atomically(path_of("model.safetensors.index.json"), index.dump(2) + "\n");
   fs::remove(path_of("model.safetensors"));  // an older single file would be read first

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "models/decoder.h"
+#include "tensor/safetensors.h"
 
 namespace graft {
 
@@ -37,5 +38,8 @@ std::unique_ptr<Decoder> random_model(const ModelConfig& config, DType dtype, ui
 // model.safetensors (+ index above 5 GB), written aside and renamed; config.json is the caller's
 // business.
 void save_weights(Decoder& model, const std::string& directory, DType dtype);
+// The same for tensors that are made while they are written; shards are filled in the given order.
+void write_shards(const std::string& directory, std::vector<TensorToMake> tensors,
+                  int64_t max_shard_bytes = 5'000'000'000);
 
 }  // namespace graft

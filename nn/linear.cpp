@@ -16,7 +16,7 @@ bool has_dora(const Linear& layer) { return layer.lora && layer.lora->magnitude.
 // Whether the columns of this layer may be scaled by what takes them in.
 bool may_be_scaled_later(const Linear& layer, const ForwardContext& context) {
   const bool dropout = context.training && layer.lora && layer.lora->dropout_p > 0;
-  return !has_dora(layer) || !(layer.bias.defined() || dropout);
+  return !has_dora(layer) || !(layer.bias.defined() || dropout || !layer.stack.empty());
 }
 
 // The layer without the scaling that DoRA owes, and that scaling.
@@ -32,10 +32,12 @@ ops::DoraFactor factor_of(const Linear& layer) {
 }  // namespace
 
 Variable Linear::forward(const Variable& x, const ForwardContext& context) const {
-  if (!lora) return ops::linear(x, weight, bias);
+  if (!lora) return stacked_.a.defined() ? stacked_forward(x) : ops::linear(x, weight, bias);
   const ops::LoraArguments arguments = arguments_of(*lora, context);
-  if (has_dora(*this)) return ops::dora_linear(x, weight, bias, arguments, factor_of(*this));
-  return ops::lora_linear(x, weight, bias, arguments);
+  const Variable y = has_dora(*this)
+                         ? ops::dora_linear(x, weight, bias, arguments, factor_of(*this))
+                         : ops::lora_linear(x, weight, bias, arguments);
+  return stacked_.a.defined() ? add_stacked(y, x) : y;
 }
 
 Variable swiglu_of(const Linear& gate_proj, const Linear& up_proj, const Variable& x,

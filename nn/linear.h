@@ -1,8 +1,9 @@
-// Linear layer y = x W^T + b, to which a LoRA adapter may be attached.
+// Linear layer y = x W^T + b, to which a LoRA adapter may be attached, and frozen ones beside it.
 #pragma once
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "autograd/ops.h"
 #include "nn/module.h"
@@ -22,15 +23,35 @@ struct LoraPair {
       0;  // number of this layer among the adapted ones, in model order: keys its dropout
 };
 
-struct Linear {
-  Variable weight;                 // (out, in), in the dtype of the file
-  Variable bias;                   // (out) or undefined
-  std::unique_ptr<LoraPair> lora;  // null: none attached
+// A frozen adapter of a layer: it turns W into W + weight (W' - W), W' being what it makes of W
+// when it is alone.
+struct StackedAdapter {
+  int64_t id = 0;  // of the adapter, the same in all its layers (models/adapter_stack.h)
+  LoraPair pair;
+  double weight = 1;
+};
 
+struct Linear {
+  Variable weight;                    // (out, in), in the dtype of the file
+  Variable bias;                      // (out) or undefined
+  std::unique_ptr<LoraPair> lora;     // the one that is trained; null: none attached
+  std::vector<StackedAdapter> stack;  // whoever changes it calls restack()
+
+  // Makes one pair of the whole stack, so that any number of adapters costs two narrow products.
+  void restack();
   Variable forward(const Variable& x, const ForwardContext& context) const;
   void visit(const std::string& prefix, Visitor& visitor);
   int64_t in_features() const { return weight.shape()[1]; }
   int64_t out_features() const { return weight.shape()[0]; }
+
+ private:
+  Variable stacked_forward(const Variable& x) const;
+  Variable add_stacked(const Variable& y, const Variable& x) const;
+
+  // The sum of the stack (nn/stack.cpp): a pair, undefined where the sum is nothing, and with DoRA
+  // what the columns of W x are multiplied by, and that less one.
+  LoraPair stacked_;
+  ops::DoraFactor stacked_rows_, stacked_excess_;
 };
 
 // swiglu of what both layers give for x.

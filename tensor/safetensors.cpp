@@ -121,6 +121,7 @@ void SafetensorsFile::parse_header(const char* text, int64_t length) {
       entries_.push_back(read_entry(path(), name, value));
       continue;
     }
+    if (value.is_null()) continue;  // as mlx writes it
     CHECK(value.is_object(), path(), ": __metadata__ is not an object of strings");
     for (const auto& [key, text_value] : value.items()) {
       CHECK(text_value.is_string(), path(), ": __metadata__ entry '", key, "' is not a string");
@@ -227,25 +228,23 @@ class FileAside {
 
 }  // namespace
 
-void write_safetensors(const std::string& path, std::vector<NamedTensor> tensors,
-                       std::optional<DType> dtype,
+void write_safetensors(const std::string& path, std::vector<TensorToMake> tensors,
                        const std::map<std::string, std::string>& metadata) {
-  const auto stored = [&](const Tensor& tensor) { return dtype.value_or(tensor.dtype()); };
-  std::sort(tensors.begin(), tensors.end(), [&](const NamedTensor& a, const NamedTensor& b) {
-    const int64_t a_size = dtype_size(stored(a.tensor)), b_size = dtype_size(stored(b.tensor));
+  std::sort(tensors.begin(), tensors.end(), [](const TensorToMake& a, const TensorToMake& b) {
+    const int64_t a_size = dtype_size(a.dtype), b_size = dtype_size(b.dtype);
     return a_size != b_size ? a_size > b_size : a.name < b.name;
   });
   nlohmann::ordered_json header = nlohmann::ordered_json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   int64_t at = 0;
-  for (const auto& [name, tensor] : tensors) {
-    CHECK(!header.contains(name), path, ": two tensors named '", name, "'");
+  for (const TensorToMake& tensor : tensors) {
+    CHECK(!header.contains(tensor.name), path, ": two tensors named '", tensor.name, "'");
     nlohmann::ordered_json shape = nlohmann::ordered_json::array();
-    for (int i = 0; i < tensor.rank(); ++i) shape.push_back(tensor.size(i));
-    const int64_t end = at + tensor.num_elements() * dtype_size(stored(tensor));
-    header[name] = {{"dtype", std::string(dtype_name(stored(tensor)))},
-                    {"shape", std::move(shape)},
-                    {"data_offsets", {at, end}}};
+    for (int i = 0; i < tensor.shape.rank(); ++i) shape.push_back(tensor.shape[i]);
+    const int64_t end = at + tensor.shape.num_elements() * dtype_size(tensor.dtype);
+    header[tensor.name] = {{"dtype", std::string(dtype_name(tensor.dtype))},
+                           {"shape", std::move(shape)},
+                           {"data_offsets", {at, end}}};
     at = end;
   }
   std::string text = header.dump();
@@ -256,12 +255,25 @@ void write_safetensors(const std::string& path, std::vector<NamedTensor> tensors
   for (int i = 0; i < 8; ++i) length[i] = uint8_t(uint64_t(text.size()) >> (8 * i));
   file.write(length, 8);
   file.write(text.data(), int64_t(text.size()));
-  for (const auto& [name, tensor] : tensors) {
-    Tensor dense = tensor.to(stored(tensor), Scope::Scratch).to(Device::CPU, Scope::Scratch);
+  for (const TensorToMake& tensor : tensors) {
+    const Tensor made = tensor.make();
+    CHECK(made.shape() == tensor.shape, path, ": tensor '", tensor.name, "' was made ",
+          made.shape(), ", wanted ", tensor.shape);
+    Tensor dense = made.to(tensor.dtype, Scope::Scratch).to(Device::CPU, Scope::Scratch);
     if (!dense.is_contiguous()) dense = dense.clone(Scope::Scratch);
     if (dense.num_bytes() > 0) file.write(dense.raw(), dense.num_bytes());
   }
   file.finish();
+}
+
+void write_safetensors(const std::string& path, std::vector<NamedTensor> tensors,
+                       std::optional<DType> dtype,
+                       const std::map<std::string, std::string>& metadata) {
+  std::vector<TensorToMake> given;
+  for (const auto& [name, tensor] : tensors)
+    given.push_back({name, tensor.shape(), dtype.value_or(tensor.dtype()),
+                     [tensor = tensor] { return tensor; }});
+  write_safetensors(path, std::move(given), metadata);
 }
 
 void write_file_atomically(const std::string& path, std::string_view content) {

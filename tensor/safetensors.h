@@ -3,6 +3,7 @@
 // file says about itself is checked in full before any of it is believed.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -36,6 +37,10 @@ class SafetensorsFile {
   const std::vector<SafetensorsEntry>& entries() const { return entries_; }
   const SafetensorsEntry* find(const std::string& name) const;  // nullptr: not there
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
+  // The bytes of an entry of this file, as they are: entry.end - entry.begin of them.
+  const char* bytes(const SafetensorsEntry& entry) const {
+    return file_->data() + data_start_ + entry.begin;
+  }
 
   // The tensor in place: its bytes are the file's, and the mapping lives as long as the tensor. One
   // that does not lie on a multiple of its element size is copied. Throws Error for a missing name,
@@ -64,6 +69,17 @@ struct NamedTensor {
 // file that was there before is as it was, and nothing is left beside it.
 void write_safetensors(const std::string& path, std::vector<NamedTensor> tensors,
                        std::optional<DType> dtype = {},
+                       const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
+
+// The same for tensors that are made one at a time, while the file is written: make() gives a
+// tensor of this shape, in any dtype, and is called once, in the order of the file.
+struct TensorToMake {
+  std::string name;
+  Shape shape;
+  DType dtype;  // in the file
+  std::function<Tensor()> make;
+};
+void write_safetensors(const std::string& path, std::vector<TensorToMake> tensors,
                        const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
 
 // The file discipline alone: `content` to `path`, aside, synchronised and renamed.

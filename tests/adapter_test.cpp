@@ -137,7 +137,7 @@ TEST(Adapter, RefusesWhatDoesNotFitAndLeavesTheModelBare) {
   };
   const std::vector<Fault> faults = {
       {"missing half", "is missing", [](auto& t) { t.pop_back(); }},
-      {"unknown tensor", "has no place",
+      {"half of another module", "is missing",
        [](auto& t) {
          t.push_back({"base_model.model.x.lora_A.weight", t[0].tensor});
        }},

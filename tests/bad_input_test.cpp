@@ -332,7 +332,7 @@ TEST_F(BadInput, AdaptersThatDoNotFitAreNeverHalfLoaded) {
   refuse("brand_new_key", 3, "brand_new_key is 3");
   refuse("bias", "all", "bias is \"all\"");
   refuse("peft_type", "IA3", "expected \"LORA\"");
-  refuse("target_modules", {"q_proj"}, "has no place in this model");
+  refuse("target_modules", {"q_proj"}, "has no place: target_modules");
   refuse("target_modules", {"nope"}, "matches no module");
   refused_with(config, "{", command, {config + ": not JSON"});
   const std::string bytes = read(weights);

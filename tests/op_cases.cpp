@@ -241,6 +241,24 @@ std::vector<OpCase> product_cases(const OpSizes& s) {
       {"lora_linear_with_bias_and_dropout",
        {{kX, {T, H}}, {kW, {N, H}}, {kW, {N}}, {kA, {r, H}}, {kA, {N, r}}},
        [](const Inputs& in, DType) { return run_lora(in, true, 0.3); }},
+      {"scale_columns",
+       {{kX, {T, N}}},
+       [N](const Inputs& in, DType dtype) {
+         const DType adapter = dtype == DType::F64 ? dtype : DType::F32;
+         const Device device = in[0].value().device();
+         const Tensor m = random_tensor({N}, adapter, 33), norm = random_tensor({N}, adapter, 34);
+         const Variable bias(random_tensor({N}, dtype, 35).to(device));
+         return ops::scale_columns(in[0], {Variable(m.to(device)), norm.to(device)}, bias);
+       }},
+      {"add_low_rank",
+       {{kX, {T, N}}, {kX, {T, H}}},
+       [N, H, r](const Inputs& in, DType dtype) {
+         const DType adapter = dtype == DType::F64 ? dtype : DType::F32;
+         const Device device = in[0].value().device();
+         const Tensor a = random_tensor({r, H}, adapter, 31, 1 / std::sqrt(double(H)));
+         const Tensor b = random_tensor({N, r}, adapter, 32, 1 / std::sqrt(double(r)));
+         return ops::add_low_rank(in[0], in[1], a.to(device), b.to(device), 0.7);
+       }},
       {"linear_cross_entropy",
        {{kX, {T, H}}, {kW, {V, H}}},
        [T, V](const Inputs& in, DType) {

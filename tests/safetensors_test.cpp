@@ -252,7 +252,7 @@ TEST_F(Safetensors, LeavesTheOldFileWhenTheDiskIsFull) {
 }
 
 TEST_F(Safetensors, RefusesToWriteIntoAMissingDirectory) {
-  EXPECT_THROW(write_safetensors(path("no/such/a.safetensors"), {}), Error);
+  EXPECT_THROW(write_safetensors(path("no/such/a.safetensors"), std::vector<NamedTensor>{}), Error);
 }
 
 // 132 tensors: 11 dtypes x 3 patterns x 4 shapes, written by another implementation; each name says

@@ -7,6 +7,9 @@ namespace graft {
 // argv[0] is "graft <command>"; the arguments follow, as main() would get them.
 int train_command(int argc, char** argv);
 int generate_command(int argc, char** argv);
+int combine_command(int argc, char** argv);
+int convert_command(int argc, char** argv);
+int merge_command(int argc, char** argv);
 int tokenize_command(int argc, char** argv);
 int info_command(int argc, char** argv);
 int demo_command(int argc, char** argv);

@@ -107,9 +107,10 @@ void Run::lay_out_products() {
   const LoraLayout layout = model_->set_lora_layout(options_.lora_layout);
   if (layout != options_.lora_layout)
     Report(control_.console, "")
-        .line(layout == LoraLayout::Plain ? "lora_layout: plain, for DoRA scales its layers singly"
-                                          : "lora_layout: merged, for bordered needs "
-                                            "lora_dropout: 0");
+        .line(layout == LoraLayout::Merged
+                  ? "lora_layout: merged, for bordered needs lora_dropout: 0"
+              : options_.lora.use_dora ? "lora_layout: plain, for DoRA scales its layers singly"
+                                       : "lora_layout: plain, for there are base_adapters");
   if (layout == LoraLayout::Bordered || options_.lora.use_dora)
     parameters_.on_publish([this] { model_->refresh_adapters(); });
 }

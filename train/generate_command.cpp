@@ -9,11 +9,11 @@
 #include <iterator>
 #include <limits>
 
-#include "models/adapter.h"
 #include "models/generate.h"
 #include "models/tokenizer.h"
 #include "models/weights.h"
 #include "tensor/thread_pool.h"
+#include "train/adapter_flags.h"
 #include "train/commands.h"
 #include "train/device_choice.h"
 #include "train/options.h"
@@ -28,9 +28,10 @@ cxxopts::Options describe() {
       "Continues the prompt; prints the continuation alone. What is not given comes from the "
       "model's "
       "generation_config.json; where that does not ask for sampling, the best token is taken.");
-  options.add_options()("model", "directory, or hub id in the local cache; default: the adapter's",
+  options.add_options()("model",
+                        "directory, or hub id in the local cache; default: the first adapter's",
                         value<std::string>(), "DIR");
-  options.add_options()("adapter", "PEFT adapter to put on the model", value<std::string>(), "DIR");
+  describe_adapter_flags(options, "to put on the model");
   options.add_options()("prompt", "text, or - for standard input as it is", value<std::string>(),
                         "TEXT|-");
   options.add_options()("temperature", "0: always the best token", value<std::string>(), "X");
@@ -54,14 +55,8 @@ cxxopts::Options describe() {
   return options;
 }
 
-// The whole text of a flag as a number in [least, most].
 double number(const std::string& flag, const std::string& text, double least, double most) {
-  char* end = nullptr;
-  const double value = std::strtod(text.c_str(), &end);
-  if (text.empty() || *end != '\0' || !(value >= least && value <= most))
-    throw UsageError(concat("generate: --", flag, " is '", text, "', expected a number from ",
-                            least, std::isinf(most) ? "" : concat(" to ", most)));
-  return value;
+  return number_flag("generate", flag, text, least, most);
 }
 
 uint64_t whole(const std::string& flag, const std::string& text, uint64_t least, uint64_t most) {
@@ -135,14 +130,14 @@ std::string find_model(const std::string& name, bool named_by_adapter) {
   }
 }
 
-int run(const cxxopts::ParseResult& args) {
+int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& adapters) {
   if (!args.unmatched().empty())
     throw UsageError("generate: unexpected argument '" + args.unmatched()[0] +
                      "'; quote a prompt with spaces");
   if (!args.count("prompt")) throw UsageError("generate: --prompt TEXT|- is missing");
-  const std::string adapter = args.count("adapter") ? args["adapter"].as<std::string>() : "";
   std::string name = args.count("model") ? args["model"].as<std::string>() : "";
-  if (name.empty() && !adapter.empty()) name = load_adapter_config(adapter).base_model_name_or_path;
+  if (name.empty() && !adapters.empty())
+    name = load_adapter_config(adapters[0].directory).base_model_name_or_path;
   if (name.empty()) throw UsageError("generate: --model DIR is missing");
   if (args.count("threads"))
     set_num_threads(int(whole("threads", args["threads"].as<std::string>(), 1, 4096)));
@@ -172,7 +167,9 @@ int run(const cxxopts::ParseResult& args) {
   CHECK(!ids.empty(), "generate: the prompt has no tokens; expected text in --prompt");
 
   const auto model = load_model(directory, dtype, device);
-  if (!adapter.empty()) load_adapter(*model, adapter);
+  AdapterStack stack(*model);
+  for (const AdapterChoice& adapter : adapters)
+    stack.attach(adapter.directory, adapter.weight, adapter_checks(args));
   const int64_t most = model->config().max_position_embeddings;
   if (int64_t(ids.size()) >= most)
     std::fprintf(stderr,
@@ -186,31 +183,12 @@ int run(const cxxopts::ParseResult& args) {
 }  // namespace
 
 int generate_command(int argc, char** argv) {
-  // --top_k is --top-k; the value behind an '=' stays as it is.
-  std::vector<std::string> words(argv, argv + argc);
-  for (size_t i = 1; i < words.size(); ++i) {
-    if (words[i].rfind("--", 0) != 0) continue;
-    for (char& c : words[i]) {
-      if (c == '=') break;
-      if (c == '_') c = '-';
-    }
-    const bool takes_value = words[i].find('=') == std::string::npos && words[i] != "--ids" &&
-                             words[i] != "--ignore-eos" && words[i] != "--help";
-    if (takes_value) ++i;  // a prompt that starts with dashes is a prompt
-  }
-  std::vector<const char*> pointers;
-  for (const std::string& word : words) pointers.push_back(word.c_str());
+  std::set<std::string> switches = adapter_switches();
+  switches.insert({"--ids", "--ignore-eos"});
+  const AdapterCommandLine line = read_adapter_flags(argc, argv, switches);
   cxxopts::Options options = describe();
-  try {
-    const cxxopts::ParseResult args = options.parse(int(pointers.size()), pointers.data());
-    if (!args.count("help")) return run(args);
-    std::printf("%s\n", options.help().c_str());
-    return 0;
-  } catch (const cxxopts::exceptions::exception& error) {
-    const std::string hint = unknown_flag_hint(options.help(), {words.begin() + 1, words.end()});
-    throw UsageError(
-        concat("generate: ", hint.empty() ? error.what() : hint, "; see graft generate --help"));
-  }
+  return run_command("generate", options, line.words,
+                     [&](const cxxopts::ParseResult& args) { return run(args, line.adapters); });
 }
 
 }  // namespace graft

@@ -24,6 +24,9 @@ struct Command {
 constexpr Command kCommands[] = {
     {"train", train_command, "fine-tune a model: a LoRA adapter, or all weights"},
     {"generate", generate_command, "continue a prompt, with or without an adapter"},
+    {"combine", combine_command, "one adapter out of several"},
+    {"convert", convert_command, "an adapter in another format, as LoRA, or of lower rank"},
+    {"merge", merge_command, "base and adapters as one model, with a certificate"},
     {"tokenize", tokenize_command, "show the tokens of a text"},
     {"info", info_command, "what a model has, and what training it takes"},
     {"demo", demo_command, "teach the bundled model something and show it"},

@@ -223,6 +223,12 @@ std::vector<Row> run_rows() {
           .keeps_result(),
       method_row(),
       text(g, "adapter", at(&O::adapter), "a directory", "start from this adapter").keeps_result(),
+      text_list(g, "base_adapters", at(&O::base_adapters), "directories, or DIR:WEIGHT",
+                "frozen adapters on the base, on top of which the trained one learns")
+          .keeps_result(),
+      boolean(g, "allow_other_base", at(&O::allow_other_base),
+              "take adapters whose fingerprint names another base")
+          .keeps_result(),
       boolean(g, "random_init", at(&O::random_init),
               "method full: start from random weights; of the model only config.json is read"),
       integer(g, "logging_steps", at(&O::logging_steps), 1, "steps from one log line to the next")

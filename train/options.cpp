@@ -6,8 +6,8 @@
 #include <cxxopts.hpp>
 #include <filesystem>
 #include <map>
-#include <numeric>
 
+#include "models/nearest_name.h"
 #include "train/option_keys.h"
 
 namespace graft {
@@ -16,22 +16,6 @@ namespace {
 namespace fs = std::filesystem;
 using Form = OptionKey::Form;
 using Group = OptionKey::Group;
-
-// Levenshtein's distance.
-size_t edit_distance(const std::string& a, const std::string& b) {
-  std::vector<size_t> row(b.size() + 1);
-  std::iota(row.begin(), row.end(), 0);
-  for (size_t i = 1; i <= a.size(); ++i) {
-    size_t diagonal = row[0];
-    row[0] = i;
-    for (size_t j = 1; j <= b.size(); ++j) {
-      const size_t substituted = diagonal + (a[i - 1] != b[j - 1]);
-      diagonal = row[j];
-      row[j] = std::min({row[j] + 1, row[j - 1] + 1, substituted});
-    }
-  }
-  return row[b.size()];
-}
 
 // What was found where something else was expected, short enough for one line.
 std::string shown(const YAML::Node& node) {
@@ -122,6 +106,8 @@ class ConfigFile {
     const auto resolve = [&](std::string& path) { path = (folder / path).lexically_normal(); };
     if (given_.contains("output_dir")) resolve(options_.output_dir);
     if (given_.contains("adapter") && !options_.adapter.empty()) resolve(options_.adapter);
+    if (given_.contains("base_adapters"))
+      std::for_each(options_.base_adapters.begin(), options_.base_adapters.end(), resolve);
     if (given_.contains("data")) std::for_each(options_.data.begin(), options_.data.end(), resolve);
     if (given_.contains("eval_data"))
       std::for_each(options_.eval_data.begin(), options_.eval_data.end(), resolve);
@@ -368,6 +354,8 @@ void validate(const TrainOptions& options) {
   const bool full = options.method == TrainOptions::Method::Full;
   CHECK(!full || options.adapter.empty(),
         "train: adapter is given with method full; it needs method lora");
+  CHECK(!full || options.base_adapters.empty(),
+        "train: base_adapters is given with method full; it needs method lora");
   CHECK(full || !options.random_init, "train: random_init needs method full");
   CHECK(!full || options.lora_layout == LoraLayout::Plain,
         "train: lora_layout is given with method full; it needs method lora");
@@ -393,7 +381,7 @@ std::string resolved_yaml(const TrainOptions& options) {
   if (fs::exists(options.model)) written.model = absolute(options.model);
   written.output_dir = absolute(options.output_dir);
   written.adapter = absolute(options.adapter);
-  for (auto* paths : {&written.data, &written.eval_data})
+  for (auto* paths : {&written.data, &written.eval_data, &written.base_adapters})
     for (std::string& path : *paths) path = absolute(path);
 
   const bool full = options.method == TrainOptions::Method::Full;

@@ -25,6 +25,8 @@ struct TrainOptions {
   std::vector<std::string> data, eval_data;  // files, folders or patterns
   double eval_split = 0;                     // below 1: share of the rows, else their number
   std::string adapter;                       // start from this one instead of a fresh one
+  std::vector<std::string> base_adapters;    // "DIR" or "DIR:0.5": frozen, under what is trained
+  bool allow_other_base = false;             // take adapters that say they were trained on another
   Method method = Method::Lora;
   bool random_init = false;  // random base weights: only config.json is read (method full)
 

@@ -9,10 +9,10 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
-#include "models/adapter.h"
+#include "models/adapter_stack.h"
+#include "models/model_files.h"
 #include "models/tokenizer.h"
 #include "models/weights.h"
-#include "tensor/safetensors.h"
 #include "train/checkpoint.h"
 #include "train/option_keys.h"
 
@@ -44,7 +44,7 @@ nlohmann::ordered_json read_json(const std::string& path) {
 // same, but for the dropout, which may be chosen anew.
 void load_start_adapter(Decoder& model, TrainOptions& options) {
   TrainOptions loaded = options;
-  loaded.lora = load_adapter(model, options.adapter);
+  loaded.lora = load_adapter(model, options.adapter, {options.allow_other_base});
   CHECK(loaded.lora.use_dora || options.method != TrainOptions::Method::Dora,
         "adapter: ", options.adapter, " is plain LoRA, but the method is dora; leave method out");
   loaded.lora.task_type = "CAUSAL_LM";
@@ -84,17 +84,6 @@ struct CollectLeaves : Visitor {
     for (auto& leaf : adapter_leaves(name, *module.lora)) leaves.push_back(std::move(leaf));
   }
 };
-
-// config.json with the dtype of the weights that lie beside it.
-void save_model_config(const std::string& model_dir, DType dtype, const std::string& folder) {
-  auto config = read_json(model_dir + "/config.json");
-  const std::string name = dtype == DType::BF16 ? "bfloat16" : "float32";
-  if (config.contains("dtype"))
-    config["dtype"] = name;
-  else
-    config["torch_dtype"] = name;
-  write_file_atomically(folder + "/config.json", config.dump(2) + "\n");
-}
 
 }  // namespace
 
@@ -165,6 +154,11 @@ std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string&
     attach_lora(*model, options.lora, options.seed);
   else
     load_start_adapter(*model, options);
+  AdapterStack stack(*model);
+  for (const std::string& text : options.base_adapters) {
+    const AdapterChoice base = parse_adapter_choice(text);
+    stack.attach(base.directory, base.weight, {options.allow_other_base, /*allow_empty=*/false});
+  }
   // F16 weights that are used in place have no name among the dtypes to ask for.
   const bool f16 = model->embed_tokens.weight.value().dtype() == DType::F16;
   if (!options.dtype && !f16) options.dtype = model->compute_dtype();
@@ -195,6 +189,14 @@ std::vector<std::pair<std::string, std::string>> run_result_keys(const TrainOpti
       options.random_init ? 0 : bytes, " bytes");
   if (!options.adapter.empty())
     add("adapter", "fingerprint ", hash_file(options.adapter + "/adapter_model.safetensors"));
+  std::string under;
+  for (const std::string& text : options.base_adapters) {
+    const AdapterChoice base = parse_adapter_choice(text);
+    under +=
+        concat(under.empty() ? "" : ", ", "fingerprint ",
+               hash_file(base.directory + "/adapter_model.safetensors"), " weight ", base.weight);
+  }
+  add("base_adapters", under.empty() ? "none" : under);
   return keys;
 }
 
@@ -203,13 +205,7 @@ void save_model(Decoder& model, const TrainOptions& options, const std::string& 
   if (!is_full(options)) return save_adapter(model, options.lora, folder);
   fs::create_directories(folder);
   save_weights(model, folder, model.compute_dtype());
-  save_model_config(model_dir, model.compute_dtype(), folder);
-  for (const char* name : {"generation_config.json", "tokenizer.json", "tokenizer_config.json",
-                           "special_tokens_map.json", "vocab.json", "merges.txt",
-                           "added_tokens.json", "chat_template.jinja", "tokenizer.model"})
-    if (fs::exists(model_dir + "/" + name))
-      fs::copy_file(model_dir + "/" + name, folder + "/" + name,
-                    fs::copy_options::overwrite_existing);
+  copy_model_files(model_dir, folder, model.compute_dtype(), model.config().tie_word_embeddings);
 }
 
 }  // namespace graft

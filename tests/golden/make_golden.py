@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 
-PARTS = ("models", "adapters", "targets", "trajectories", "dropout", "dora", "schedules",
+PARTS = ("models", "adapters", "targets", "trajectories", "dropout", "dora", "stacks", "schedules",
          "sampling")
 
 

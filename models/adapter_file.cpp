@@ -1,0 +1,258 @@
+// PEFT's file format, tensor by tensor; adapter_config.cpp has the configuration.
+#include "models/adapter_file.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <filesystem>
+#include <map>
+#include <set>
+
+#include "models/adapter_config.h"
+#include "models/json_file.h"
+#include "models/nearest_name.h"
+#include "tensor/safetensors.h"
+
+namespace graft {
+namespace {
+
+namespace fs = std::filesystem;
+
+const char* const kConfigFile = "adapter_config.json";
+const char* const kWeightsFile = "adapter_model.safetensors";
+const std::string kPrefix = "base_model.model.";
+const std::string kA = ".lora_A.weight", kB = ".lora_B.weight",
+                  kMagnitude = ".lora_magnitude_vector";
+
+// Orders modules as a model computes them: by layer number, then q, k, v, o, gate, up, down.
+std::pair<int64_t, std::string> model_order(const std::string& name) {
+  static const std::array<const char*, 7> order = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
+                                                   "gate_proj", "up_proj", "down_proj"};
+  const std::string last = name.substr(name.rfind('.') + 1);
+  const auto place = std::find(order.begin(), order.end(), last) - order.begin();
+  int64_t layer = -1;
+  if (const size_t at = name.find("layers."); at != std::string::npos)
+    layer = std::strtoll(name.c_str() + at + 7, nullptr, 10);
+  return {layer, std::string(1, char('0' + place)) + name};
+}
+
+bool is_whole_embedding(const std::string& name) {
+  for (const char* end : {"embed_tokens.weight", "embed_tokens.base_layer.weight", "lm_head.weight",
+                          "lm_head.base_layer.weight"})
+    if (name.ends_with(end)) return true;
+  return false;
+}
+
+class Reader {
+ public:
+  Reader(AdapterFile& adapter, const SafetensorsFile& file) : adapter_(adapter), file_(file) {}
+
+  void read() {
+    sort_names();
+    CHECK(!halves_.empty(), file_.path(), ": holds no LoRA tensors (", file_.entries().size(),
+          " others); is it the adapter_model.safetensors of a LoRA adapter?");
+    for (auto& [module, tensors] : halves_) {
+      CHECK(!tensors[0].empty(), file_.path(), ": tensor '", kPrefix, module, kA,
+            "' is missing, but '", tensors[1].empty() ? tensors[2] : tensors[1],
+            "' is there; is the file whole?");
+      CHECK(!tensors[1].empty(), file_.path(), ": tensor '", kPrefix, module, kB,
+            "' is missing, but '", tensors[0], "' is there; is the file whole?");
+    }
+    std::vector<std::string> names;
+    for (const auto& [module, tensors] : halves_) names.push_back(module);
+    std::sort(names.begin(), names.end(),
+              [](auto& a, auto& b) { return model_order(a) < model_order(b); });
+    const std::vector<LoraTarget> targets = targets_of(names);
+    for (size_t i = 0; i < names.size(); ++i) {
+      CHECK(i < targets.size() && targets[i].name == names[i], file_.path(), ": tensor '",
+            halves_[names[i]][0],
+            "' has no place: target_modules of adapter_config.json do not "
+            "name ",
+            names[i], "; do the two files belong together?");
+      read_module(targets[i]);
+    }
+  }
+
+ private:
+  void sort_names() {
+    for (const SafetensorsEntry& entry : file_.entries()) {
+      const std::string& name = entry.name;
+      const auto take = [&](const std::string& suffix, size_t which) {
+        if (!name.starts_with(kPrefix) || !name.ends_with(suffix)) return false;
+        const size_t length = name.size() - kPrefix.size() - suffix.size();
+        halves_[name.substr(kPrefix.size(), length)][which] = name;
+        return true;
+      };
+      if (take(kA, 0) || take(kB, 1) || take(kMagnitude, 2)) continue;
+      if (name.starts_with(kPrefix) && is_whole_embedding(name) && entry.shape.size() == 2) {
+        adapter_.embeddings.emplace_back(name, entry.shape[0]);
+        continue;
+      }
+      unknown_.push_back(name);
+    }
+    if (unknown_.empty()) return;
+    std::vector<std::string> known;
+    for (const SafetensorsEntry& entry : file_.entries())
+      if (halves_.contains(module_of(entry.name))) known.push_back(entry.name);
+    const std::string nearest = nearest_name(unknown_[0], known);
+    fail(file_.path(), ": tensor '", unknown_[0], "' has no place in a LoRA adapter",
+         nearest.empty() ? "" : concat("; the nearest that has is '", nearest, "'"),
+         "; the adapter is refused rather than half applied");
+  }
+
+  static std::string module_of(const std::string& name) {
+    for (const std::string& suffix : {kA, kB, kMagnitude})
+      if (name.starts_with(kPrefix) && name.ends_with(suffix))
+        return name.substr(kPrefix.size(), name.size() - kPrefix.size() - suffix.size());
+    return "";
+  }
+
+  std::vector<LoraTarget> targets_of(const std::vector<std::string>& names) const {
+    try {
+      return match_targets(adapter_.config, names);
+    } catch (const Error& error) {
+      fail(adapter_.directory, ": ", error.what());
+    }
+  }
+
+  void read_module(const LoraTarget& target) {
+    AdapterModule module;
+    module.name = target.name;
+    module.scaling = target.scaling;
+    const auto& names = halves_[target.name];
+    module.a = read_tensor(names[0], 2);
+    module.b = read_tensor(names[1], 2);
+    check_rank(names[0], module.a, {target.r, module.a.size(1)}, 0);
+    check_rank(names[1], module.b, {module.b.size(0), target.r}, 1);
+    CHECK(names[2].empty() || adapter_.config.use_dora, file_.path(), ": tensor '", names[2],
+          "' has no place: it belongs to a DoRA layer, and adapter_config.json has use_dora false");
+    CHECK(!names[2].empty() || !adapter_.config.use_dora, file_.path(), ": tensor '", kPrefix,
+          target.name, kMagnitude, "' is missing, and use_dora is true; is the file whole?");
+    if (!names[2].empty()) {
+      module.magnitude = read_tensor(names[2], 1);
+      CHECK(module.magnitude.size(0) == module.b.size(0), file_.path(), ": tensor '", names[2],
+            "' is ", module.magnitude.shape(), ", expected (", module.b.size(0), ") as '", names[1],
+            "' is ", module.b.shape());
+    }
+    adapter_.modules.push_back(std::move(module));
+  }
+
+  // rank_dim: which dimension of the shape is the rank.
+  void check_rank(const std::string& name, const Tensor& tensor, const Shape& expected,
+                  int rank_dim) const {
+    const int64_t r = expected[rank_dim];
+    if (tensor.shape() == expected) return;
+    if (tensor.size(1 - rank_dim) == r)
+      fail(file_.path(), ": tensor '", name, "' is ", tensor.shape(),
+           ", which looks transposed: expected (", rank_dim == 0 ? "r, in" : "out, r", ") with r ",
+           r);
+    fail(file_.path(), ": tensor '", name, "' is ", tensor.shape(), ", expected ", expected,
+         " by r ", r, " of adapter_config.json; do the two files belong together?");
+  }
+
+  Tensor read_tensor(const std::string& name, size_t rank) const {
+    const SafetensorsEntry& entry = *file_.find(name);
+    CHECK(entry.dtype == "F32" || entry.dtype == "BF16" || entry.dtype == "F16", file_.path(),
+          ": tensor '", name, "' is ", entry.dtype, ", expected F32, BF16 or F16");
+    CHECK(entry.shape.size() == rank, file_.path(), ": tensor '", name, "' has ",
+          entry.shape.size(), " dimensions, expected ", rank);
+    const Tensor value = file_.tensor(name).to(DType::F32, Scope::Adapters);
+    for (int64_t i = 0; i < value.num_elements(); ++i)
+      CHECK(std::isfinite(value.data<float>()[i]), file_.path(), ": tensor '", name,
+            "' holds NaN or infinity at element ", i);
+    return value;
+  }
+
+  AdapterFile& adapter_;
+  const SafetensorsFile& file_;
+  std::map<std::string, std::array<std::string, 3>> halves_;  // module to names of A, B, magnitude
+  std::vector<std::string> unknown_;
+};
+
+std::vector<std::string> short_names(const AdapterFile& file) {
+  std::set<std::string> names;
+  for (const AdapterModule& module : file.modules)
+    names.insert(module.name.substr(module.name.rfind('.') + 1));
+  return {names.begin(), names.end()};
+}
+
+std::string metadata_of(const SafetensorsFile& file, const char* key) {
+  const auto found = file.metadata().find(key);
+  return found == file.metadata().end() ? "" : found->second;
+}
+
+// Texts of one scheme, both known, that say something else ("1-..." and "2-..." say nothing).
+bool differ(const std::string& a, const std::string& b) {
+  return !a.empty() && !b.empty() && a != b && a.substr(0, a.find('-')) == b.substr(0, b.find('-'));
+}
+
+}  // namespace
+
+const AdapterModule* AdapterFile::find(const std::string& module) const {
+  for (const AdapterModule& one : modules)
+    if (one.name == module) return &one;
+  return nullptr;
+}
+
+bool AdapterFile::is_empty() const {
+  for (const AdapterModule& module : modules)
+    for (int64_t i = 0; i < module.b.num_elements(); ++i)
+      if (module.b.data<float>()[i] != 0) return false;
+  return true;
+}
+
+LoraConfig load_adapter_config(const std::string& directory) {
+  const std::string path = (fs::path(directory) / kConfigFile).string();
+  CHECK(fs::exists(path), path, ": no such file; expected the directory of a PEFT adapter");
+  return parse_adapter_config(read_json_object(path), path);
+}
+
+AdapterFile read_adapter(const std::string& directory) {
+  AdapterFile adapter;
+  adapter.directory = directory;
+  adapter.config = load_adapter_config(directory);
+  const fs::path weights = fs::path(directory) / kWeightsFile;
+  CHECK(fs::exists(weights) || !fs::exists(fs::path(directory) / "adapter_model.bin"), directory,
+        ": holds adapter_model.bin alone, which graft does not read; save it again as safetensors "
+        "(PEFT: model.save_pretrained with safe_serialization=True)");
+  const SafetensorsFile file(weights.string());
+  adapter.base.weights = metadata_of(file, kBaseFingerprintKey);
+  adapter.base.tokenizer = metadata_of(file, kTokenizerFingerprintKey);
+  Reader(adapter, file).read();
+  return adapter;
+}
+
+void check_same_base(const BaseFingerprint& got, const BaseFingerprint& wanted,
+                     const std::string& what) {
+  for (const auto& [a, b, part] : {std::tuple{got.weights, wanted.weights, "weights"},
+                                   std::tuple{got.tokenizer, wanted.tokenizer, "tokenizer"}})
+    CHECK(!differ(a, b), what, ": belongs to another base: the fingerprint of its ", part, " is ",
+          a, ", here it is ", b, "; give the base that it was trained on, or --allow-other-base");
+}
+
+void check_not_empty(const AdapterFile& file) {
+  CHECK(!file.is_empty(), file.directory, ": B is zero in all ", file.modules.size(),
+        " modules, so the adapter changes nothing; was it ever trained? --allow-empty takes it");
+}
+
+void write_adapter(const AdapterFile& file, const std::string& directory) {
+  std::vector<NamedTensor> tensors;
+  for (const AdapterModule& module : file.modules) {
+    tensors.push_back({kPrefix + module.name + kA, module.a});
+    tensors.push_back({kPrefix + module.name + kB, module.b});
+    if (module.magnitude.defined())
+      tensors.push_back({kPrefix + module.name + kMagnitude, module.magnitude});
+  }
+  CHECK(!tensors.empty(), "save_adapter: the model has no adapter");
+  std::map<std::string, std::string> metadata = {{"format", "pt"}};
+  if (!file.base.weights.empty()) metadata[kBaseFingerprintKey] = file.base.weights;
+  if (!file.base.tokenizer.empty()) metadata[kTokenizerFingerprintKey] = file.base.tokenizer;
+  fs::create_directories(directory);
+  // The weights first: a directory with a config alone would look whole to a reader.
+  write_safetensors((fs::path(directory) / kWeightsFile).string(), std::move(tensors), DType::F32,
+                    metadata);
+  write_file_atomically((fs::path(directory) / kConfigFile).string(),
+                        format_adapter_config(file.config, short_names(file)));
+}
+
+}  // namespace graft

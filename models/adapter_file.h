@@ -1,0 +1,53 @@
+// An adapter as it lies on disk, without the model that it belongs to: what graft combine and graft
+// convert work on, and what load_adapter (models/adapter.h) puts on a model.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "models/fingerprint.h"
+#include "nn/lora.h"
+
+namespace graft {
+
+struct AdapterModule {
+  std::string name;  // "model.layers.0.self_attn.q_proj"
+  Tensor a, b;       // (r, in), (out, r), F32
+  Tensor magnitude;  // (out) F32; undefined but for DoRA
+  double scaling = 1;
+};
+
+struct AdapterFile {
+  std::string directory;
+  LoraConfig config;
+  std::vector<AdapterModule> modules;  // by layer, and in the order of a layer's computation
+  BaseFingerprint base;                // what the file says of its base; empty where it is silent
+  // Whole embedding matrices that PEFT saved beside it: name and number of tokens.
+  std::vector<std::pair<std::string, int64_t>> embeddings;
+
+  const AdapterModule* find(const std::string& module) const;
+  bool is_empty() const;  // every B is zero: nothing was learned
+};
+
+// Reads `directory`/adapter_config.json. Missing keys take PEFT's defaults (r 8, lora_alpha 8,
+// dropout 0). Throws an Error that names the key for anything that changes the arithmetic and is
+// not understood.
+LoraConfig load_adapter_config(const std::string& directory);
+
+// Reads both files. Every tensor must have a name that an adapter has, both halves, the rank that
+// adapter_config.json gives it, and be finite: else one Error that names it.
+AdapterFile read_adapter(const std::string& directory);
+
+// Where `got` says that it belongs to another base than `wanted`, throws an Error that begins with
+// `what`. Unknown fingerprints agree with all.
+void check_same_base(const BaseFingerprint& got, const BaseFingerprint& wanted,
+                     const std::string& what);
+
+// Throws Error for an adapter of which every B is zero.
+void check_not_empty(const AdapterFile& file);
+
+// Writes both files, each aside and then renamed; F32. The directory is made if it is not there.
+void write_adapter(const AdapterFile& file, const std::string& directory);
+
+}  // namespace graft

@@ -1,0 +1,81 @@
+#include "models/adapter_stack.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+
+namespace graft {
+
+int64_t AdapterStack::attach(const std::string& directory, double weight,
+                             const AdapterChecks& checks) {
+  CHECK(std::isfinite(weight), directory, ": the adapter's weight is ", weight,
+        ", expected a number");
+  // load_adapter puts it where the trained one is; that one steps aside for a moment.
+  const std::vector<NamedLinear> layers = linear_layers(model_);
+  std::vector<std::unique_ptr<LoraPair>> trained;
+  for (const NamedLinear& layer : layers) trained.push_back(std::move(layer.linear->lora));
+  const auto put_back = [&] {
+    for (size_t i = 0; i < layers.size(); ++i) layers[i].linear->lora = std::move(trained[i]);
+  };
+  try {
+    load_adapter(model_, directory, checks);
+  } catch (...) {
+    put_back();
+    throw;
+  }
+  const int64_t id = next_id_++;
+  for (const NamedLinear& layer : layers) {
+    Linear& linear = *layer.linear;
+    if (!linear.lora) continue;
+    LoraPair pair = std::move(*linear.lora);
+    pair.dropout_p = 0;
+    pair.a = Variable(pair.a.value());  // constants from now on
+    pair.b = Variable(pair.b.value());
+    if (pair.magnitude.defined()) pair.magnitude = Variable(pair.magnitude.value());
+    linear.stack.push_back({id, std::move(pair), weight});
+    linear.restack();
+  }
+  put_back();
+  return id;
+}
+
+template <class Change>
+void AdapterStack::change(int64_t id, Change change) {
+  bool found = false;
+  for (const NamedLinear& layer : linear_layers(model_)) {
+    auto& stack = layer.linear->stack;
+    for (size_t i = 0; i < stack.size(); ++i) {
+      if (stack[i].id != id) continue;
+      found = true;
+      change(stack, i);
+      layer.linear->restack();
+      break;
+    }
+  }
+  CHECK(found, "adapter stack: no adapter ", id, " is on the model");
+}
+
+void AdapterStack::set_weight(int64_t id, double weight) {
+  CHECK(std::isfinite(weight), "adapter stack: the weight is ", weight, ", expected a number");
+  change(id, [weight](auto& stack, size_t i) { stack[i].weight = weight; });
+}
+
+void AdapterStack::detach(int64_t id) {
+  change(id, [](auto& stack, size_t i) { stack.erase(stack.begin() + std::ptrdiff_t(i)); });
+}
+
+AdapterChoice parse_adapter_choice(const std::string& text) {
+  namespace fs = std::filesystem;
+  const size_t colon = text.rfind(':');
+  if (colon == std::string::npos || fs::exists(text)) return {text, 1};
+  const std::string path = text.substr(0, colon), number = text.substr(colon + 1);
+  char* end = nullptr;
+  const double weight = std::strtod(number.c_str(), &end);
+  const bool is_number = !number.empty() && *end == '\0' && !std::isspace(uint8_t(number[0]));
+  if (!is_number || !fs::exists(path)) return {text, 1};
+  CHECK(std::isfinite(weight), "adapter: '", text, "' has the weight ", number,
+        ", expected a finite number");
+  return {path, weight};
+}
+
+}  // namespace graft

@@ -1,0 +1,154 @@
+#include "models/merge.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+
+#include <span>
+
+#include "autograd/tape.h"
+#include "models/adapter_delta.h"
+#include "models/model_files.h"
+#include "models/weights.h"
+#include "tensor/backend.h"
+
+namespace graft {
+namespace {
+
+// The parameters of the base in order, each with what adapters add to it.
+struct Collect : Visitor {
+  struct One {
+    std::string name;
+    Tensor weight;
+    std::vector<std::pair<const AdapterModule*, double>> deltas;
+  };
+  std::vector<One> all;
+  Tensor head;  // of lm_head, tied or not
+
+  void parameter(const std::string& name, Variable& value) override {
+    all.push_back({name, value.value(), {}});
+  }
+  void linear(const std::string& name, Linear& module) override {
+    if (name == "lm_head") head = module.weight.value();
+  }
+  One* find(const std::string& name) {
+    const auto at =
+        std::find_if(all.begin(), all.end(), [&](const One& one) { return one.name == name; });
+    return at == all.end() ? nullptr : &*at;
+  }
+};
+
+Tensor merged(const Collect::One& one) {
+  if (one.deltas.empty()) return one.weight;
+  Tensor sum = Tensor::empty(one.weight.shape(), DType::F32, Device::CPU, Scope::Scratch);
+  backend_of(sum).copy(sum, one.weight);
+  for (const auto& [module, weight] : one.deltas) add_delta(sum, one.weight, *module, weight);
+  return sum;
+}
+
+// log sum exp of a row, and the place of its largest.
+struct Row {
+  double lse = 0;
+  size_t best = 0;
+  explicit Row(std::span<const double> logits) {
+    best = size_t(std::max_element(logits.begin(), logits.end()) - logits.begin());
+    double sum = 0;
+    for (const double x : logits) sum += std::exp(x - logits[best]);
+    lse = logits[best] + std::log(sum);
+  }
+};
+
+void compare_rows(Certificate& total, std::span<const double> p, std::span<const double> q) {
+  const Row wanted(p), got(q);
+  double kl = 0;
+  for (size_t i = 0; i < p.size(); ++i) {
+    const double difference = std::abs(p[i] - q[i]);
+    if (!(difference <= total.largest_difference)) total.largest_difference = difference;
+    total.largest_logit = std::max(total.largest_logit, std::abs(p[i]));
+    kl += std::exp(p[i] - wanted.lse) * ((p[i] - wanted.lse) - (q[i] - got.lse));
+  }
+  total.mean_kl += kl;
+  if (!(kl <= total.largest_kl)) total.largest_kl = kl;
+  total.agreement += wanted.best == got.best;
+  ++total.tokens;
+}
+
+}  // namespace
+
+void write_merged(Decoder& base, const std::string& model_dir,
+                  const std::vector<WeightedAdapter>& adapters, DType dtype,
+                  const std::string& folder) {
+  CHECK(dtype == DType::F32 || dtype == DType::BF16 || dtype == DType::F16, "merge: dtype ",
+        dtype_name(dtype), ", wanted F32, BF16 or F16");
+  Collect collect;
+  base.visit("", collect);
+  bool tied = base.config().tie_word_embeddings;
+  for (const WeightedAdapter& adapter : adapters)
+    for (const AdapterModule& module : adapter.file.modules) {
+      Collect::One* one = collect.find(module.name + ".weight");
+      if (!one && module.name == "lm_head" && tied) {
+        tied = false;
+        collect.all.push_back({"lm_head.weight", collect.head, {}});
+        one = &collect.all.back();
+      }
+      CHECK(one, adapter.file.directory, ": '", module.name, "' has no place in this model");
+      one->deltas.emplace_back(&module, adapter.weight);
+    }
+  std::vector<TensorToMake> tensors;
+  for (const Collect::One& one : collect.all)
+    tensors.push_back({one.name, one.weight.shape(), dtype, [&one] { return merged(one); }});
+  write_shards(folder, std::move(tensors));
+  copy_model_files(model_dir, folder, dtype, tied);
+}
+
+Certificate compare_models(Decoder& wanted, Decoder& got,
+                           const std::vector<std::vector<int32_t>>& rows) {
+  constexpr int64_t kRows = 64;  // logits of so many positions at once
+  const NoRecord off;
+  Certificate total;
+  for (const std::vector<int32_t>& row : rows) {
+    const PackedBatch batch = pack({row});
+    const Tensor a = wanted.forward(batch, {}).value(), b = got.forward(batch, {}).value();
+    for (int64_t begin = 0; begin < a.size(0); begin += kRows) {
+      const int64_t end = std::min(a.size(0), begin + kRows);
+      const std::vector<double> p = wanted.logits(a.slice_rows(begin, end)).to_doubles();
+      const std::vector<double> q = got.logits(b.slice_rows(begin, end)).to_doubles();
+      CHECK(p.size() == q.size(), "certificate: vocabularies differ");
+      const size_t vocab = p.size() / size_t(end - begin);
+      for (size_t at = 0; at < p.size(); at += vocab)
+        compare_rows(total, {p.data() + at, vocab}, {q.data() + at, vocab});
+    }
+  }
+  CHECK(total.tokens > 0, "certificate: the text has no tokens");
+  total.mean_kl /= double(total.tokens);
+  total.agreement /= double(total.tokens);
+  return total;
+}
+
+// F32 has the difference of two orders of summation; BF16 rounds each weight by up to 0.4 %, F16 by
+// 0.05 %.
+CertificateLimits CertificateLimits::of(DType dtype) {
+  if (dtype == DType::BF16) return {0.1, 2e-2, 0.95};
+  if (dtype == DType::F16) return {0.02, 2e-3, 0.98};
+  return {};
+}
+
+std::string violations(const Certificate& certificate, const CertificateLimits& limits) {
+  std::string text;
+  const auto check = [&](bool holds, const auto&... parts) {
+    if (!holds) text += (text.empty() ? "" : ", ") + concat(parts...);
+  };
+  const double difference = certificate.largest_logit > 0
+                                ? certificate.largest_difference / certificate.largest_logit
+                                : std::numeric_limits<double>::quiet_NaN();
+  check(difference <= limits.difference, "logits differ by ", difference, " of the largest (limit ",
+        limits.difference, ")");
+  check(certificate.mean_kl <= limits.mean_kl, "KL is ", certificate.mean_kl, " (limit ",
+        limits.mean_kl, ")");
+  check(certificate.agreement >= limits.agreement, "the most probable token agrees in ",
+        100 * certificate.agreement, " % (limit ", 100 * limits.agreement, " %)");
+  return text;
+}
+
+}  // namespace graft

@@ -1,0 +1,66 @@
+#include "models/model_files.h"
+
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "tensor/check.h"
+#include "tensor/safetensors.h"
+
+namespace graft {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kFiles[] = {
+    "generation_config.json",  "tokenizer.json",      "tokenizer_config.json",
+    "special_tokens_map.json", "vocab.json",          "merges.txt",
+    "added_tokens.json",       "chat_template.jinja", "tokenizer.model"};
+
+}  // namespace
+
+void copy_model_files(const std::string& model_dir, const std::string& folder, DType dtype,
+                      bool tied) {
+  const std::string path = model_dir + "/config.json";
+  std::ifstream file(path, std::ios::binary);
+  auto config = nlohmann::ordered_json::parse(file, nullptr, /*allow_exceptions=*/false);
+  CHECK(config.is_object(), path, ": is not a JSON object");
+  const std::string name = dtype == DType::BF16  ? "bfloat16"
+                           : dtype == DType::F16 ? "float16"
+                                                 : "float32";
+  config[config.contains("dtype") ? "dtype" : "torch_dtype"] = name;
+  if (config.value("tie_word_embeddings", false) != tied) config["tie_word_embeddings"] = tied;
+  config.erase("quantization_config");
+  write_file_atomically(folder + "/config.json", config.dump(2) + "\n");
+  for (const char* one : kFiles)
+    if (fs::exists(model_dir + "/" + one))
+      fs::copy_file(model_dir + "/" + one, folder + "/" + one,
+                    fs::copy_options::overwrite_existing);
+}
+
+DirectoryAside::DirectoryAside(const std::string& path)
+    : path_(path), aside_(path + ".unfinished") {
+  while (path_.size() > 1 && path_.ends_with('/')) path_.pop_back();
+  aside_ = path_ + ".unfinished";
+  CHECK(!fs::exists(path_) || (fs::is_directory(path_) && fs::is_empty(path_)), path_,
+        ": is there already; choose another output directory");
+  std::error_code error;
+  fs::remove_all(aside_, error);
+  fs::create_directories(aside_, error);
+  CHECK(!error, path_, ": cannot be created: ", error.message());
+}
+
+DirectoryAside::~DirectoryAside() {
+  std::error_code error;
+  if (!finished_) fs::remove_all(aside_, error);
+}
+
+void DirectoryAside::finish() {
+  std::error_code error;
+  if (fs::exists(path_)) fs::remove(path_, error);  // an empty directory
+  fs::rename(aside_, path_, error);
+  CHECK(!error, path_, ": cannot be created: ", error.message());
+  finished_ = true;
+}
+
+}  // namespace graft

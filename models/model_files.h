@@ -1,0 +1,31 @@
+// The files of a model directory beside its weights.
+#pragma once
+
+#include <string>
+
+#include "tensor/dtype.h"
+
+namespace graft {
+
+// Copies what belongs to the weights of model_dir into `folder`: tokenizer, generation_config, and
+// config.json saying the dtype of the weights that lie beside it and whether embeddings are tied.
+// A quantization_config stays behind: what is written is dense.
+void copy_model_files(const std::string& model_dir, const std::string& folder, DType dtype,
+                      bool tied);
+
+// A directory that is filled aside and takes its place in finish(), or vanishes.
+class DirectoryAside {
+ public:
+  // Throws Error if `path` is there and is no empty directory.
+  explicit DirectoryAside(const std::string& path);
+  ~DirectoryAside();
+  DirectoryAside(const DirectoryAside&) = delete;
+  const std::string& aside() const { return aside_; }
+  void finish();
+
+ private:
+  std::string path_, aside_;
+  bool finished_ = false;
+};
+
+}  // namespace graft

@@ -1,0 +1,221 @@
+// The life of an adapter at the level of the binary: stacked in generate and under training,
+// combined, converted and merged; and what is refused, with nothing left behind.
+#include <algorithm>
+#include <set>
+
+#include "models/adapter_stack.h"
+#include "models/combine.h"
+#include "models/weights.h"
+#include "tests/golden_case.h"
+#include "tests/tiny_run.h"
+
+namespace graft {
+namespace {
+
+namespace fs = std::filesystem;
+using Json = nlohmann::json;
+
+class Life : public TinyRun {
+ protected:
+  void SetUp() override {
+    ASSERT_TRUE(fs::exists(binary())) << binary() << ": build it with make, or set GRAFT_BINARY";
+    for (const char* name : {"qwen3_tied", "patterns", "dora_patterns"})
+      for (const char* file : {"adapter_config.json", "adapter_model.safetensors"}) {
+        fs::create_directories(path(name));
+        fs::copy(std::string("tests/golden/adapters/") + name + "/" + file, path(name));
+      }
+  }
+  std::string ok(const std::string& command) const {
+    const Outcome outcome = shell("$GRAFT " + command);
+    EXPECT_EQ(outcome.status, 0) << command << ": " << outcome.err;
+    return outcome.out;
+  }
+  std::set<std::string> files() const {
+    std::set<std::string> names;
+    for (const auto& entry : fs::recursive_directory_iterator(folder_))
+      names.insert(fs::relative(entry.path(), folder_));
+    names.erase("stdout.txt");
+    names.erase("stderr.txt");
+    return names;
+  }
+  void refused(const std::string& command, const std::vector<std::string>& parts) const {
+    const auto before = files();
+    const Outcome outcome = shell("$GRAFT " + command);
+    EXPECT_TRUE(outcome.status == 1 || outcome.status == 2) << command << ": " << outcome.status;
+    EXPECT_EQ(outcome.err.rfind("graft: error: ", 0), 0u) << command << ": " << outcome.err;
+    EXPECT_EQ(std::count(outcome.err.begin(), outcome.err.end(), '\n'), 1) << outcome.err;
+    for (const std::string& part : parts)
+      EXPECT_NE(outcome.err.find(part), std::string::npos)
+          << command << "\n  got      " << outcome.err << "  expected " << part;
+    EXPECT_EQ(files(), before) << command;
+  }
+  const std::string kGenerate = "generate --model model --prompt hello --max-new-tokens 12 --ids ";
+  const std::string kBoth = "--adapter qwen3_tied:0.7 --adapter patterns:-0.4 ";
+};
+
+// One answer by four ways: two adapters stacked, combined by cat, by svd of full rank, and merged.
+TEST_F(Life, GivesOneAnswerStackedCombinedAndMerged) {
+  const std::string stacked = ok(kGenerate + kBoth);
+  EXPECT_NE(stacked, ok(kGenerate));
+  EXPECT_NE(stacked, ok(kGenerate + "--adapter qwen3_tied"));
+  ok("combine " + kBoth + "-o cat");
+  EXPECT_EQ(ok(kGenerate + "--adapter cat"), stacked);
+  const std::string table = ok("combine " + kBoth + "-o svd --method svd --rank 12");
+  EXPECT_NE(table.find("model.layers.1.self_attn.q_proj"), std::string::npos) << table;
+  EXPECT_EQ(ok(kGenerate + "--adapter svd"), stacked);
+  const std::string told = ok("merge --model model " + kBoth + "-o merged");
+  EXPECT_NE(told.find("certificate over "), std::string::npos) << told;
+  EXPECT_EQ(ok("generate --model merged --prompt hello --max-new-tokens 12 --ids"), stacked);
+  for (const char* name : {"tokenizer.json", "tokenizer_config.json", "config.json"})
+    EXPECT_TRUE(fs::exists(path(std::string("merged/") + name))) << name;
+  EXPECT_FALSE(fs::exists(path("merged.unfinished")));
+}
+
+TEST_F(Life, TakesAnAdapterWithAColonOrACommaInItsPath) {
+  fs::copy(path("qwen3_tied"), path("a:0.5,b"));
+  EXPECT_EQ(ok(kGenerate + "--adapter a:0.5,b"), ok(kGenerate + "--adapter qwen3_tied"));
+  EXPECT_EQ(ok(kGenerate + "--adapter=a:0.5,b:0.25"), ok(kGenerate + "--adapter qwen3_tied:0.25"));
+}
+
+// Training on top of frozen adapters: they stay as they are, and the result belongs on top of them.
+TEST_F(Life, TrainsOnTopOfFrozenAdapters) {
+  write_data("data.jsonl", 22);
+  write(
+      "train.yaml",
+      "model: model\ndata: data.jsonl\noutput_dir: out\nmax_steps: 6\nlearning_rate: 1e-2\n"
+      "base_adapters: [qwen3_tied:0.7, patterns]\neval_split: 4\nlora: {r: 2, lora_dropout: 0}\n");
+  const std::string before = read("qwen3_tied/adapter_model.safetensors");
+  ok("train train.yaml");
+  EXPECT_EQ(read("qwen3_tied/adapter_model.safetensors"), before);
+  // Its eval loss is that of the stack of all three.
+  const auto eval_loss = [&](const std::string& adapters, const std::string& out) {
+    write("again.yaml", "model: model\ndata: data.jsonl\noutput_dir: " + out +
+                            "\nmax_steps: 1\nlearning_rate: 0\neval_split: 4\nbase_adapters: [" +
+                            adapters + "]\nlora: {r: 2}\n");
+    ok("train again.yaml");
+    for (const Json& line : metrics(out))
+      if (line.contains("eval_loss")) return line["eval_loss"].get<double>();
+    return 0.0;
+  };
+  double last = 0;
+  for (const Json& line : metrics("out"))
+    if (line.contains("eval_loss")) last = line["eval_loss"];
+  const double together = eval_loss("qwen3_tied:0.7, patterns, out", "again1");
+  EXPECT_NEAR(together, last, 1e-5 * last);
+  EXPECT_GT(std::abs(eval_loss("out", "again2") - last), 1e-3 * last);
+  // The options that are written give the same run, and another set of adapters is another run.
+  EXPECT_NE(read("out/train_config.yaml").find("qwen3_tied:0.7"), std::string::npos);
+  refused("train train.yaml --output-dir out2 --base-adapters nowhere",
+          {"nowhere/adapter_config.json"});
+  refused("train train.yaml --output-dir out2 --method full", {"base_adapters"});
+}
+
+TEST_F(Life, ReducesRanksAndSaysWhatThatCosts) {
+  const std::string table = ok("convert --adapter qwen3_tied --rank 2 -o small");
+  EXPECT_NE(table.find("least energy, largest error"), std::string::npos) << table;
+  const AdapterFile small = read_adapter(path("small"));
+  EXPECT_EQ(small.config.r, 2);
+  EXPECT_EQ(small.modules.size(), 14u);
+  EXPECT_NE(ok(kGenerate + "--adapter small"), ok(kGenerate));
+}
+
+// A DoRA adapter stacked, merged, as LoRA of full rank, and as LoRA of a rank that loses something.
+TEST_F(Life, TakesDoraAllTheWay) {
+  const std::string both = "--adapter dora_patterns --adapter qwen3_tied:0.5 ";
+  const std::string stacked = ok(kGenerate + both);
+  EXPECT_NE(stacked, ok(kGenerate + "--adapter qwen3_tied:0.5"));
+  ok("merge --model model " + both + "-o merged");
+  EXPECT_EQ(ok("generate --model merged --prompt hello --max-new-tokens 12 --ids"), stacked);
+  refused("combine " + both + "-o sum", {"dora_patterns is a DoRA adapter", "--method svd"});
+  ok("combine --model model " + both + "-o sum --method svd --rank 64");
+  EXPECT_EQ(ok(kGenerate + "--adapter sum"), stacked);
+  const std::string table =
+      ok("convert --model model --adapter dora_patterns --to lora --rank 4 -o lora");
+  EXPECT_NE(table.find("least energy, largest error"), std::string::npos) << table;
+  EXPECT_FALSE(read_adapter(path("lora")).config.use_dora);
+  refused("convert --model model --adapter dora_patterns --to gguf -o x.gguf", {"--to lora"});
+  refused("convert --model model --adapter dora_patterns --rank 2 -o x", {"take --to lora"});
+  ok("convert --model model --adapter dora_patterns --to mlx -o mlx");
+  ok("convert --model model --adapter mlx -o back");
+  EXPECT_TRUE(read_adapter(path("back")).config.use_dora);
+  EXPECT_EQ(ok(kGenerate + "--adapter back"), ok(kGenerate + "--adapter dora_patterns"));
+}
+
+TEST_F(Life, ComesBackFromMlxAsItWent) {
+  ok("convert --model model --adapter patterns --to mlx -o mlx");
+  const Json config = Json::parse(read("mlx/adapter_config.json"));
+  EXPECT_EQ(config["fine_tune_type"], "lora");
+  EXPECT_EQ(config["num_layers"], 1);  // of two: patterns has the last one alone
+  ok("convert --model model --adapter mlx -o back");
+  EXPECT_EQ(ok(kGenerate + "--adapter back"), ok(kGenerate + "--adapter patterns"));
+}
+
+TEST_F(Life, MergeKeepsNothingBeyondItsLimit) {
+  refused("merge --model model " + kBoth + "-o merged --max-difference 0 --max-kl 0",
+          {"merged is not kept", "logits differ by"});
+  refused("merge --model model " + kBoth + "-o merged --dtype bfloat16 --max-kl 1e-12",
+          {"merged is not kept", "KL is"});
+  ok("merge --model model " + kBoth + "-o merged --dtype bfloat16");
+  EXPECT_EQ(ModelConfig::load(path("merged")).dtype, DType::BF16);
+  write("text.txt", "some other text");
+  EXPECT_NE(ok("merge --model model " + kBoth + "-o other --text text.txt").find("over 15 tokens"),
+            std::string::npos);
+}
+
+TEST_F(Life, SaysInOneLineWhatIsWrong) {
+  const std::string merge = "merge --model model -o out ", combine = "combine -o out ",
+                    convert = "convert --model model -o out --adapter qwen3_tied ";
+  refused(merge, {"--adapter DIR[:WEIGHT] is missing"});
+  refused("merge --model model --adapter qwen3_tied", {"--output-dir DIR is missing"});
+  refused(merge + "--adapter nowhere", {"nowhere/adapter_config.json"});
+  refused(merge + "--adapter qwen3_tied:x", {"qwen3_tied:x"});
+  refused(merge + "--adapter", {"--adapter needs a directory"});
+  refused(merge + kBoth + "--dtype int8", {"--dtype is 'int8'"});
+  refused(merge + kBoth + "--max-kl -1", {"--max-kl is '-1'"});
+  refused(merge + kBoth + "--text nowhere", {"nowhere: cannot be read"});
+  refused(merge + kBoth + "--bogus", {"unknown flag --bogus"});
+  refused("merge --model model -o model " + kBoth, {"model: is there already"});
+  refused(combine, {"--adapter DIR[:WEIGHT] is missing"});
+  refused(combine + kBoth + "--method linear", {"--method is 'linear'", "cat or svd"});
+  refused(combine + kBoth + "--rank 4", {"--rank is given with method cat"});
+  refused(combine + kBoth + "--method svd --rank 0", {"--rank is '0'"});
+  refused("combine -o model " + kBoth, {"model holds files already"});
+  refused(convert + "--to onnx", {"--to is 'onnx'", "peft, lora, mlx or gguf"});
+  refused(convert + "--adapter patterns", {"expected one --adapter"});
+  refused("convert -o out --adapter qwen3_tied:0.5", {"graft combine takes weights"});
+  refused("convert -o out --model nowhere --to gguf --adapter qwen3_tied", {"nowhere"});
+  fs::copy(path("qwen3_tied"), path("torn"));
+  const std::string bytes = read("torn/adapter_model.safetensors");
+  write("torn/adapter_model.safetensors", bytes.substr(0, bytes.size() - 9));
+  for (const std::string& command :
+       {merge + "--adapter torn", combine + "--adapter torn",
+        std::string("convert -o out --adapter torn"), kGenerate + "--adapter torn"})
+    refused(command, {"torn/adapter_model.safetensors", "truncated"});
+}
+
+// B all zero, and an adapter of another base: refused everywhere, taken where one says so.
+TEST_F(Life, RefusesUntrainedAdaptersAndThoseOfAnotherBase) {
+  write_data("data.jsonl", 8);
+  write("train.yaml",
+        "model: model\ndata: data.jsonl\noutput_dir: zero\nmax_steps: 1\nlearning_rate: 0\n");
+  ok("train train.yaml");
+  const std::vector<std::string> commands = {kGenerate + "--adapter zero",
+                                             "merge --model model -o out --adapter zero",
+                                             "combine -o out --adapter zero"};
+  for (const std::string& command : commands) refused(command, {"B is zero in all 14 modules"});
+  EXPECT_EQ(ok(kGenerate + "--adapter zero --allow-empty"), ok(kGenerate));
+
+  Json config = Json::parse(read("model/config.json"));
+  ok("merge --model model --adapter qwen3_tied -o other");  // another base of the same shape
+  refused("generate --model other --prompt hello --adapter zero --allow-empty",
+          {"belongs to another base", "--allow-other-base"});
+  refused("merge --model other -o out --adapter zero --allow-empty", {"belongs to another base"});
+  ok("generate --model other --prompt hello --adapter zero --allow-empty --allow-other-base");
+  write("train.yaml",
+        "model: other\ndata: data.jsonl\noutput_dir: more\nmax_steps: 1\nadapter: zero\n");
+  refused("train train.yaml", {"belongs to another base"});
+  ok("train train.yaml --allow-other-base");
+}
+
+}  // namespace
+}  // namespace graft

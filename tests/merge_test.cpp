@@ -1,0 +1,219 @@
+// Merged models on disk: against the logits of tests/golden/stacks, which transformers computed
+// from merged weights; and a certificate that notices one wrong weight.
+#include "models/merge.h"
+
+#include <algorithm>
+
+#include "models/adapter_delta.h"
+#include "models/adapter_stack.h"
+#include "models/weights.h"
+#include "tensor/backend.h"
+#include "tests/golden_case.h"
+
+namespace graft {
+namespace {
+
+using Json = nlohmann::json;
+namespace fs = std::filesystem;
+
+std::vector<WeightedAdapter> adapters_of(const Json& golden) {
+  std::vector<WeightedAdapter> adapters;
+  for (const Json& one : golden["adapters"]) adapters.push_back({read_adapter(one[0]), one[1]});
+  return adapters;
+}
+
+std::vector<std::vector<int32_t>> rows_of(const Json& golden) {
+  return golden["input_ids"].get<std::vector<std::vector<int32_t>>>();
+}
+
+Json golden_of(const std::string& name) {
+  return golden_json("tests/golden/stacks/" + name + ".json");
+}
+
+void merge(const Json& golden, DType dtype, const std::string& folder) {
+  const auto base = load_model(golden["model"]);
+  write_merged(*base, golden["model"], adapters_of(golden), dtype, folder);
+}
+
+TEST(Merge, GivesTheLogitsOfTransformers) {
+  for (const char* name :
+       {"mixed_ranks", "mixed_rslora", "three", "one", "dora", "dora_and_lora", "dora_patterns"}) {
+    const Json golden = golden_of(name);
+    const ScratchFolder scratch;
+    merge(golden, DType::F32, scratch / "m");
+    const auto merged = load_model(scratch / "m");
+    EXPECT_LT(
+        worst_share(logits_of(*merged, golden["input_ids"]), golden_numbers(golden["logits"])),
+        1e-5)
+        << name;
+    const Json config = golden_json(scratch / "m/config.json");
+    EXPECT_EQ(ModelConfig::load(scratch / "m").tie_word_embeddings,
+              ModelConfig::load(golden["model"]).tie_word_embeddings);
+    EXPECT_EQ(config.value("dtype", config.value("torch_dtype", "")), "float32");
+  }
+}
+
+// Rounded once: each BF16 weight is that of the F32 merge, rounded to nearest even.
+TEST(Merge, RoundsOnce) {
+  const Json golden = golden_of("mixed_ranks");
+  const ScratchFolder scratch;
+  merge(golden, DType::F32, scratch / "wide");
+  for (const DType dtype : {DType::BF16, DType::F16}) {
+    const std::string folder = scratch / std::string(dtype_name(dtype));
+    merge(golden, dtype, folder);
+    const SafetensorsFile wide(scratch / "wide/model.safetensors");
+    const SafetensorsFile narrow(folder + "/model.safetensors");
+    ASSERT_EQ(narrow.entries().size(), wide.entries().size());
+    for (const SafetensorsEntry& entry : narrow.entries()) {
+      EXPECT_EQ(entry.dtype, dtype_name(dtype));
+      EXPECT_EQ(narrow.tensor(entry.name).to_doubles(),
+                wide.tensor(entry.name).to(dtype).to_doubles())
+          << entry.name;
+    }
+    EXPECT_EQ(ModelConfig::load(folder).dtype, dtype);
+  }
+}
+
+TEST(Merge, CertifiesWhatItWroteAndNoticesOneWrongWeight) {
+  for (const DType dtype : {DType::F32, DType::BF16}) {
+    const Json golden = golden_of("three");
+    const ScratchFolder scratch;
+    merge(golden, dtype, scratch / "m");
+    const auto wanted = load_model(golden["model"]);
+    AdapterStack stack(*wanted);
+    for (const Json& one : golden["adapters"]) stack.attach(one[0], one[1]);
+    const auto certificate = [&] {
+      const auto merged = load_model(scratch / "m", DType::F32);
+      return compare_models(*wanted, *merged, rows_of(golden));
+    };
+    const CertificateLimits limits = CertificateLimits::of(dtype);
+    const Certificate good = certificate();
+    EXPECT_EQ(violations(good, limits), "");
+    EXPECT_EQ(good.tokens, 23);
+    EXPECT_GT(good.largest_logit, 0.1);
+
+    const std::string path = scratch / "m/model.safetensors";
+    std::vector<NamedTensor> tensors;
+    {
+      const SafetensorsFile file(path);
+      for (const SafetensorsEntry& entry : file.entries())
+        tensors.push_back({entry.name, file.tensor(entry.name).clone()});
+    }
+    for (NamedTensor& named : tensors) {
+      if (named.name != "model.layers.1.mlp.up_proj.weight") continue;
+      Tensor element = named.tensor.slice_rows(3, 4).slice_cols(7, 8);
+      backend_of(element).fill(element, element.to_doubles()[0] + 2);
+    }
+    write_safetensors(path, std::move(tensors));
+    const std::string wrong = violations(certificate(), limits);
+    EXPECT_NE(wrong, "") << dtype_name(dtype);
+  }
+}
+
+// A base without the adapters is not the merged model: what compare_models says of the two.
+TEST(Certificate, HasKlAndAgreementOfUnlikeModels) {
+  const Json golden = golden_of("three");
+  const auto bare = load_model(golden["model"]), other = load_model(golden["model"]);
+  const Certificate same = compare_models(*bare, *other, rows_of(golden));
+  EXPECT_EQ(same.largest_difference, 0);
+  EXPECT_EQ(same.agreement, 1);
+  EXPECT_NEAR(same.mean_kl, 0, 1e-12);
+  AdapterStack stack(*other);
+  for (const Json& one : golden["adapters"]) stack.attach(one[0], one[1]);
+  const Certificate unlike = compare_models(*bare, *other, rows_of(golden));
+  // The definition, over the logits at once.
+  const std::vector<double> p = logits_of(*bare, golden["input_ids"]),
+                            q = logits_of(*other, golden["input_ids"]);
+  const size_t vocab = size_t(bare->config().vocab_size);
+  double kl = 0, agreement = 0, largest = 0;
+  for (size_t at = 0; at < p.size(); at += vocab) {
+    double zp = 0, zq = 0;
+    for (size_t i = 0; i < vocab; ++i) zp += std::exp(p[at + i]), zq += std::exp(q[at + i]);
+    for (size_t i = 0; i < vocab; ++i) {
+      const double a = std::exp(p[at + i]) / zp, b = std::exp(q[at + i]) / zq;
+      kl += a * std::log(a / b);
+      largest = std::max(largest, std::abs(p[at + i] - q[at + i]));
+    }
+    agreement += std::max_element(&p[at], &p[at] + vocab) - &p[at] ==
+                 std::max_element(&q[at], &q[at] + vocab) - &q[at];
+  }
+  const double count = double(p.size() / vocab);
+  EXPECT_NEAR(unlike.mean_kl, kl / count, 1e-6 * kl / count);
+  EXPECT_EQ(unlike.agreement, agreement / count);
+  EXPECT_EQ(unlike.largest_difference, largest);
+  EXPECT_GE(unlike.largest_kl, unlike.mean_kl);
+  const std::string all = violations(unlike, {});
+  for (const char* part : {"logits differ", "KL is", "agrees in"})
+    EXPECT_NE(all.find(part), std::string::npos) << all;
+}
+
+// An adapter on a tied output head: the head is written by itself and the flag says so.
+TEST(Merge, UntiesAHeadThatAnAdapterChanges) {
+  const std::string directory = "tests/golden/models/qwen3_tied";
+  const auto base = load_model(directory);
+  const int64_t vocab = base->config().vocab_size, hidden = base->config().hidden_size;
+  AdapterFile file;
+  std::vector<double> a(size_t(2 * hidden)), b(size_t(2 * vocab));
+  for (size_t i = 0; i < a.size(); ++i) a[i] = std::sin(double(i));
+  for (size_t i = 0; i < b.size(); ++i) b[i] = 0.1 * std::cos(double(i));
+  file.modules.push_back({"lm_head",
+                          Tensor::from_floats({2, hidden}, a, DType::F32),
+                          Tensor::from_floats({vocab, 2}, b, DType::F32),
+                          {},
+                          0.5});
+  const ScratchFolder scratch;
+  write_merged(*base, directory, {{file, 1}}, DType::F32, scratch / "m");
+  EXPECT_FALSE(ModelConfig::load(scratch / "m").tie_word_embeddings);
+  const SafetensorsFile written(scratch / "m/model.safetensors");
+  const std::vector<double> head = written.tensor("lm_head.weight").to_doubles();
+  const std::vector<double> embed = written.tensor("model.embed_tokens.weight").to_doubles();
+  EXPECT_EQ(embed, base->embed_tokens.weight.value().to_doubles());
+  for (int64_t v = 0; v < vocab; ++v)
+    for (int64_t h = 0; h < hidden; ++h) {
+      const size_t at = size_t(v * hidden + h);
+      const double delta =
+          0.5 * (b[size_t(2 * v)] * a[size_t(h)] + b[size_t(2 * v + 1)] * a[size_t(hidden + h)]);
+      EXPECT_NEAR(head[at], embed[at] + delta, 1e-6);
+    }
+  EXPECT_NE(load_model(scratch / "m"), nullptr);
+}
+
+TEST(Merge, WritesShardsThatLoad) {
+  const std::string directory = "tests/golden/models/llama_gqa";
+  const auto base = load_model(directory);
+  struct Collect : Visitor {
+    std::vector<TensorToMake> tensors;
+    void parameter(const std::string& name, Variable& value) override {
+      const Tensor t = value.value();
+      tensors.push_back({name, t.shape(), DType::F32, [t] { return t; }});
+    }
+  } collect;
+  base->visit("", collect);
+  const ScratchFolder scratch;
+  write_shards(scratch / "m", std::move(collect.tensors), 20000);
+  fs::copy(directory + "/config.json", scratch / "m/config.json");
+  EXPECT_FALSE(fs::exists(scratch / "m/model.safetensors"));
+  int64_t shards = 0;
+  for (const auto& entry : fs::directory_iterator(scratch / "m"))
+    shards += entry.path().extension() == ".safetensors";
+  EXPECT_GT(shards, 3);
+  const Json row = {{5, 17, 80, 3}};
+  EXPECT_EQ(logits_of(*load_model(scratch / "m"), row), logits_of(*base, row));
+}
+
+// DoRA by hand: W' = m / n (W + s B A), by row.
+TEST(AdapterDelta, OfDoraIsTheRowsScaledToTheirMagnitudes) {
+  const Tensor w = Tensor::from_floats({2, 3}, {1, 2, 2, 0, 3, 4}, DType::F32);
+  AdapterModule module{"x", Tensor::from_floats({1, 3}, {1, 0, -1}, DType::F32),
+                       Tensor::from_floats({2, 1}, {0.5, -1}, DType::F32),
+                       Tensor::from_floats({2}, {3, 10}, DType::F32), 2};
+  Tensor merged = w.clone();
+  add_delta(merged, w, module, 0.25);
+  const std::vector<double> v = {2, 2, 1, -2, 3, 6}, norms = {3, 7}, m = {3, 10};
+  const std::vector<double> got = merged.to_doubles(), from = w.to_doubles();
+  for (size_t i = 0; i < 6; ++i)
+    EXPECT_NEAR(got[i], from[i] + 0.25 * (m[i / 3] / norms[i / 3] * v[i] - from[i]), 1e-6);
+}
+
+}  // namespace
+}  // namespace graft
