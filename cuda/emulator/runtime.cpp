@@ -4,12 +4,15 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <iterator>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "cuda/emulator/cuda_runtime.h"
 #include "cuda/emulator/internal.h"
+#include "cuda/emulator/lazy.h"
 #include "cuda/emulator/streams.h"
 
 namespace emu {
@@ -136,11 +139,20 @@ cudaError_t submit_copy(const Copy& copy, cudaMemcpyKind named, cudaStream_t str
     ++stats().pageable_copies;
     stats().synchronisations += kind == Work::kDeviceToHost;
   }
-  return submit(stream,
-                {kind,
-                 nullptr,
-                 [copy] { return copy.run(); },
-                 {reinterpret_cast<uintptr_t>(copy.to), reinterpret_cast<uintptr_t>(copy.from)}});
+  // Memory that is not pinned is read, or written, before the call returns.
+  std::function<cudaError_t()> run = [copy] { return copy.run(); };
+  if (copy.pageable() && kind == Work::kHostToDevice && lazy())
+    run = [later = copy, bytes = std::vector<char>(
+                             copy.from, copy.from + copy.extent(copy.from_pitch))]() mutable {
+      later.from = bytes.data();
+      return later.run();
+    };
+  const cudaError_t e = submit(
+      stream, {kind,
+               nullptr,
+               std::move(run),
+               {reinterpret_cast<uintptr_t>(copy.to), reinterpret_cast<uintptr_t>(copy.from)}});
+  return !e && copy.pageable() && kind == Work::kDeviceToHost ? finish(stream) : e;
 }
 
 }  // namespace
@@ -191,6 +203,7 @@ cudaError_t cudaMalloc(void** p, size_t bytes) {
 cudaError_t cudaFree(void* p) {
   if (!p) return cudaSuccess;
   if (cudaError_t e = forbid_during_capture()) return e;
+  if (cudaError_t e = finish_all_streams()) return e;
   auto it = allocations().find(static_cast<char*>(p));
   if (it == allocations().end()) return set_last_error(cudaErrorInvalidValue);
   const size_t bytes = it->second.bytes;
@@ -219,6 +232,7 @@ cudaError_t cudaMallocHost(void** p, size_t bytes) {
 cudaError_t cudaFreeHost(void* p) {
   if (!p) return cudaSuccess;
   if (cudaError_t e = forbid_during_capture()) return e;
+  if (cudaError_t e = finish_all_streams()) return e;
   if (!pinned().erase(static_cast<const char*>(p))) return set_last_error(cudaErrorInvalidValue);
   ++stats().frees;
   std::free(p);
@@ -245,6 +259,7 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
   if (bytes == 0) return cudaSuccess;
   if (cudaError_t e = copy.check(kind)) return e;
   ++stats().synchronisations;
+  if (cudaError_t e = finish_blocking_streams()) return e;
   return copy.run();
 }
 

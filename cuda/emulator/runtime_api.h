@@ -2,7 +2,7 @@
 // with the names, values and error codes of the real one (tests/cuda/same_headers.cu compares
 // them).
 //
-// Work is done when it is submitted, whatever the stream; order between streams is not checked.
+// Work is done when it is submitted, whatever the stream; with emu::lazy() as late as CUDA allows.
 // While a stream is being captured, its work is kept instead, and done by cudaGraphLaunch.
 // emu::stats() counts what makes the host wait and what allocates.
 #pragma once

@@ -1,6 +1,9 @@
 // Streams, events and stream capture. Outside of a capture a stream is only a name: work has been
-// done when the call returns. In a capture the rules are CUDA's: what would make the host wait, or
-// would make the captured stream wait for work outside, spoils the capture.
+// done when the call returns. Unless lazy(): then each stream keeps its work until the host
+// waits for it, or another stream that is waited for does, or memory is freed; the worst that CUDA
+// allows for a wait that is missing. The legacy stream never waits. In a capture the rules are
+// CUDA's: what would make the host wait, or would make the captured stream wait for work outside,
+// spoils the capture.
 #include "cuda/emulator/streams.h"
 
 #include <algorithm>
@@ -9,6 +12,7 @@
 #include <utility>
 
 #include "cuda/emulator/internal.h"
+#include "cuda/emulator/lazy.h"
 
 namespace emu {
 namespace {
@@ -47,6 +51,30 @@ double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// Does the stream's work until so much of it is done.
+cudaError_t finish(cudaStream_t stream, uint64_t until) {
+  cudaError_t first = cudaSuccess;
+  while (known(stream) && stream->done < until) {
+    const auto run = std::move(stream->waiting.front());
+    stream->waiting.pop_front();
+    ++stream->done;
+    const cudaError_t e = run();
+    if (!first) first = e;
+  }
+  return first;
+}
+
+cudaError_t keep(cudaStream_t stream, std::function<cudaError_t()> run) {
+  stream->waiting.push_back(std::move(run));
+  ++stream->submitted;
+  return cudaSuccess;
+}
+
+// What was submitted before the event was recorded.
+cudaError_t finish(cudaEvent_t event) {
+  return event->stream ? finish(event->stream, event->after) : cudaSuccess;
+}
+
 cudaError_t wait_on_host(const std::shared_ptr<Capture>& capture) {
   if (capture) return spoil(*capture, cudaErrorStreamCaptureUnsupported);
   ++stats().synchronisations;
@@ -65,7 +93,31 @@ cudaError_t submit(cudaStream_t stream, Work work) {
     ++stream->progress[stream];
     return cudaSuccess;
   }
+  if (!stream) {
+    if (cudaError_t e = finish_blocking_streams()) return e;
+  } else if (lazy()) {
+    return keep(stream, std::move(work.run));
+  } else if (cudaError_t e = finish(stream)) {
+    return e;
+  }
   return work.run();
+}
+
+cudaError_t finish(cudaStream_t stream) {
+  return stream ? finish(stream, stream->submitted) : finish_blocking_streams();
+}
+cudaError_t finish_blocking_streams() {
+  cudaError_t first = cudaSuccess;
+  for (cudaStream_t s : streams())
+    if (!(s->flags & cudaStreamNonBlocking))
+      if (const cudaError_t e = finish(s); !first) first = e;
+  return first;
+}
+cudaError_t finish_all_streams() {
+  cudaError_t first = cudaSuccess;
+  for (cudaStream_t s : streams())
+    if (const cudaError_t e = finish(s); !first) first = e;
+  return first;
 }
 
 cudaError_t forbid_during_capture() {
@@ -92,7 +144,7 @@ using namespace emu;
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
   if (!stream || flags > cudaStreamNonBlocking) return set_last_error(cudaErrorInvalidValue);
-  *stream = new CUstream_st{flags, nullptr, {}};
+  *stream = new CUstream_st{flags, nullptr, {}, {}};
   streams().insert(*stream);
   return cudaSuccess;
 }
@@ -102,6 +154,7 @@ cudaError_t cudaStreamCreate(cudaStream_t* stream) {
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   if (!stream || !known(stream)) return set_last_error(cudaErrorInvalidResourceHandle);
   if (stream->capture) stream->capture->valid = false;
+  finish(stream);
   streams().erase(stream);
   delete stream;
   return cudaSuccess;
@@ -111,13 +164,15 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (!known(stream)) return set_last_error(cudaErrorInvalidResourceHandle);
   if (!stream)
     if (cudaError_t e = forbid_legacy()) return e;
-  return wait_on_host(stream ? stream->capture : nullptr);
+  if (cudaError_t e = wait_on_host(stream ? stream->capture : nullptr)) return e;
+  return finish(stream);
 }
 
 cudaError_t cudaDeviceSynchronize() {
   for (cudaStream_t s : streams())
     if (s->capture) return spoil(*s->capture, cudaErrorStreamCaptureUnsupported);
-  return wait_on_host(nullptr);
+  wait_on_host(nullptr);
+  return finish_all_streams();
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
@@ -138,6 +193,10 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
     }
   }
   if (capture) merge(stream->progress, event->progress);
+  if (!capture && lazy())
+    return keep(stream, [from = event->stream, until = event->after] {
+      return from ? finish(from, until) : cudaSuccess;
+    });
   return cudaSuccess;
 }
 
@@ -166,17 +225,24 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   event->recorded = true;
   event->seconds = now();
   event->capture = stream ? stream->capture : nullptr;
+  event->stream = event->capture ? nullptr : stream;
+  if (event->stream) event->after = stream->submitted;
   if (event->capture) event->progress = stream->progress;
   return cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   if (!known(event)) return set_last_error(cudaErrorInvalidResourceHandle);
   if (event->capture) return spoil(*event->capture, cudaErrorCapturedEvent);
-  return wait_on_host(nullptr);
+  wait_on_host(nullptr);
+  return finish(event);
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   if (!known(event)) return set_last_error(cudaErrorInvalidResourceHandle);
   if (event->capture) return spoil(*event->capture, cudaErrorCapturedEvent);
+  if (event->stream && known(event->stream) && event->stream->done < event->after) {
+    finish(event);  // for whoever asks until it is
+    return cudaErrorNotReady;
+  }
   return cudaSuccess;
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {

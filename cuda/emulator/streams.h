@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -22,8 +23,14 @@ struct Work {
   std::vector<uintptr_t> words;
 };
 
-// Does the work, or keeps it if the stream is being captured. Errors are also the last error.
+// Does the work, or keeps it if the stream is being captured, or if it may wait (lazy()).
+// Errors are also the last error.
 cudaError_t submit(cudaStream_t stream, Work work);
+// Does what waits on the stream, and what that waits for; the first error.
+cudaError_t finish(cudaStream_t stream);
+// The same for what the legacy stream waits for, and for everything.
+cudaError_t finish_blocking_streams();
+cudaError_t finish_all_streams();
 // For calls that CUDA forbids while a capture is going on (cudaMalloc, cudaMemcpy, ...): spoils the
 // capture and gives its error.
 cudaError_t forbid_during_capture();
@@ -59,6 +66,9 @@ struct CUstream_st {
   unsigned flags = 0;
   std::shared_ptr<emu::Capture> capture;
   CaptureProgress progress;
+  // Lazily: what is still to be done, and how much has been submitted and done of it.
+  std::deque<std::function<cudaError_t()>> waiting;
+  uint64_t submitted = 0, done = 0;
 };
 struct CUevent_st {
   unsigned flags = 0;
@@ -66,4 +76,6 @@ struct CUevent_st {
   double seconds = 0;
   std::shared_ptr<emu::Capture> capture;  // it was recorded in
   CaptureProgress progress;
+  CUstream_st* stream = nullptr;  // that it was recorded on, after so much work; null: none waits
+  uint64_t after = 0;
 };

@@ -195,10 +195,10 @@ class WithoutCublas : public TinyRun {
     o.lora.r = 4;
     o.lora.lora_dropout = 0.1;
     o.learning_rate = 2e-3;
-    o.gradient_accumulation_steps = 2;
-    o.max_steps = 4;
+    o.gradient_accumulation_steps = 1;
+    o.max_steps = 3;  // with graphs: plainly, captured, replayed
     o.save_steps = 0;
-    write_data("data.jsonl", 4);
+    write_data("data.jsonl", 1);
     return finetune(o);
   }
   bool used_ = false;
@@ -212,7 +212,7 @@ TEST_F(WithoutCublas, ARunLosesAsTheCpuDoesAndTwiceTheSameBytes) {
                       first = train(Choice::Cuda, dtype, "first" + name);
     train(Choice::Cuda, dtype, "second" + name, true);
     const double tolerance = dtype == DType::F32 ? 1e-5 : 2e-2;
-    ASSERT_EQ(first.losses.size(), 4u);
+    ASSERT_EQ(first.losses.size(), 3u);
     for (size_t i = 0; i < first.losses.size(); ++i) {
       EXPECT_NEAR(first.losses[i] / cpu.losses[i], 1, tolerance) << name << ", step " << i + 1;
       EXPECT_NEAR(first.grad_norms[i] / cpu.grad_norms[i], 1, 10 * tolerance)

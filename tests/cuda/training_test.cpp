@@ -385,7 +385,7 @@ TEST_F(CudaTraining, TheBinarySaysSoAndEndsWithOne) {
   const std::string graft = fs::absolute("build/emu/fast/graft");
   if (!fs::exists(graft)) GTEST_SKIP() << "build/emu/fast/graft is not built";
   write_data("data.jsonl", 4);
-  const Outcome outcome = shell("EMU_MEMORY_MB=32 " + graft +
+  const Outcome outcome = shell("unset GRAFT_CUBLAS; EMU_MEMORY_MB=32 " + graft +
                                 " train --model model --data data.jsonl --device cuda "
                                 "--output-dir out");
   EXPECT_EQ(outcome.status, 1);
