@@ -111,9 +111,18 @@ std::vector<Fault> faults() {
       {"no LoRA at all", {"holds no LoRA tensors"}, [](Tensors& t, Json&) { t.clear(); }},
       {"DoRA's vector of another length",
        {"is (31), expected (32)"},
-       [](Tensors& t, Json&) {
+       [](Tensors& t, Json& config) {
          t.push_back({kQ + ".lora_magnitude_vector", Tensor::zeros({31}, DType::F32)});
+         config["use_dora"] = true;
        }},
+      {"DoRA's vector without use_dora",
+       {"lora_magnitude_vector' has no place", "use_dora false"},
+       [](Tensors& t, Json&) {
+         t.push_back({kQ + ".lora_magnitude_vector", Tensor::zeros({32}, DType::F32)});
+       }},
+      {"use_dora without DoRA's vectors",
+       {kQ + ".lora_magnitude_vector' is missing"},
+       [](Tensors&, Json& config) { config["use_dora"] = true; }},
   };
 }
 
