@@ -246,7 +246,7 @@ TEST_F(BadInput, DataThatCannotBeTrainedOnIsRefusedWithItsLine) {
   refuse("{\"text\": 3}", "text: got number, expected a string");
   refuse("{\"text\": \"a\", \"prompt\": \"b\"}", "leave one of the two");
   refuse("{\"messages\": []}", "neither text nor prompt");
-  refuse("{\"text\": \"\"}", "no token of this row is trained");
+  refuse("{\"text\": \"\"}", "the row is empty");
   good = "{\"prompt\": \"a\", \"completion\": \"b\"}\n";
   refuse("{\"prompt\": \"b\"}", "completion is missing");
   refuse("{\"prompt\": [], \"completion\": \"a\"}", "prompt: got array");
@@ -312,7 +312,7 @@ TEST_F(BadInput, OptionsThatAreUnknownDoubledOrOutOfRangeAreRefused) {
     refuse(std::string(key) + ": 9223372036854775807\n", "below 2^31");
   refuse("num_epochs: 1e30\n", "at most 1e6");
   refused("train train.yaml --target-modules query", {"(query) matches no module", "q_proj"});
-  refused("train train.yaml --layers-to-transform 99", {"matches no module"});
+  refused("train train.yaml --layers-to-transform 99", {"the layers of the model are 0 to 1"});
 }
 
 TEST_F(BadInput, AdaptersThatDoNotFitAreNeverHalfLoaded) {

@@ -258,7 +258,7 @@ TEST(Dora, MagnitudesThatDoNotFitAreRefusedAndTheModelIsLeftBare) {
   const std::pair<const char*, Tensor> faults[] = {
       {"' is missing", Tensor()},
       {"expected (32)", Tensor::zeros({3}, DType::F32)},
-      {"expected (32)", Tensor::zeros({1, 32}, DType::F32)},
+      {"has 2 dimensions, expected 1", Tensor::zeros({1, 32}, DType::F32)},
       {"NaN or infinity", Tensor::from_floats({32}, std::vector<double>(32, NAN), DType::F32)}};
   for (const auto& [message, tensor] : faults) {
     const auto folder =
