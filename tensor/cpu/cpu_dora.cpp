@@ -12,7 +12,6 @@ namespace graft {
 namespace {
 
 constexpr int64_t kRows = 32;  // of one piece of a kernel over rows
-constexpr int64_t kSlab = 64;  // columns of one piece of a kernel that sums over all rows
 
 int64_t pieces_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -21,10 +20,10 @@ void check_activation(const char* op, const Tensor& t) {
         ": the CPU kernel takes F32 or BF16, got ", dtype_name(t.dtype()));
 }
 
-// From this row and column on.
-DoraRows rows_of(const Tensor& t, int64_t row, int64_t col) {
+// From this row on.
+DoraRows rows_of(const Tensor& t, int64_t row) {
   if (!t.defined()) return {nullptr, 0};
-  return {static_cast<char*>(t.raw()) + (row * t.row_stride() + col) * dtype_size(t.dtype()),
+  return {static_cast<char*>(t.raw()) + row * t.row_stride() * dtype_size(t.dtype()),
           t.row_stride()};
 }
 
@@ -37,30 +36,31 @@ Tensor factors_of(const DoraScale& dora) {
   for (int64_t n = 0; n < cols; ++n) factors.data<float>()[n] = norm[n] == 0 ? 0 : m[n] / norm[n];
   return factors;
 }
-float* from(const Tensor& values, int64_t col) {
-  return values.defined() ? values.data<float>() + col : nullptr;
+float* from(const Tensor& values) { return values.defined() ? values.data<float>() : nullptr; }
+
+// The sums of columns piece by piece of rows, (pieces, cols); undefined where nobody asks for them.
+Tensor partial_sums(const Tensor& dmagnitude, const Tensor& dy) {
+  if (!dmagnitude.defined()) return {};
+  return Tensor::empty({pieces_of(dy.num_rows(), kRows), dy.cols()}, DType::F32, Device::CPU,
+                       Scope::Scratch);
+}
+float* of_piece(const Tensor& partial, int64_t first_row) {
+  return partial.defined() ? partial.data<float>() + first_row / kRows * partial.cols() : nullptr;
 }
 
 // sums /= divisors, or 0 where the divisor is.
 void divide(const Tensor& sums, const Tensor& divisors) {
-  if (!sums.defined()) return;
   for (int64_t n = 0; n < sums.num_elements(); ++n) {
     const float divisor = divisors.data<float>()[n];
     sums.data<float>()[n] = divisor == 0 ? 0 : sums.data<float>()[n] / divisor;
   }
 }
 
-// body(first row, rows) and body(first column, columns).
+// body(first row, rows).
 template <class Body>
 void for_each_rows(int64_t rows, const Body& body) {
   thread_pool().run(pieces_of(rows, kRows), [&](int64_t piece, int) {
     body(piece * kRows, std::min(kRows, rows - piece * kRows));
-  });
-}
-template <class Body>
-void for_each_slab(int64_t cols, const Body& body) {
-  thread_pool().run(pieces_of(cols, kSlab), [&](int64_t piece, int) {
-    body(piece * kSlab, std::min(kSlab, cols - piece * kSlab));
   });
 }
 
@@ -71,20 +71,21 @@ void CpuBackend::dora_scale(Tensor& y, const Tensor& h, const DoraScale& dora, c
   check_activation("dora_scale", y);
   const Tensor factors = factors_of(dora), wide = bias.defined() ? weight_as_f32(bias) : bias;
   for_each_rows(y.num_rows(), [&](int64_t first, int64_t rows) {
-    kernels_.dora_scale(rows_of(y, first, 0), rows_of(h, first, 0), y.dtype(), from(factors, 0),
-                        from(wide, 0), rows, y.cols(), accumulate);
+    kernels_.dora_scale(rows_of(y, first), rows_of(h, first), y.dtype(), from(factors), from(wide),
+                        rows, y.cols(), accumulate);
   });
 }
 
 void CpuBackend::dora_scale_backward(Tensor& dh, Tensor& dmagnitude, const Tensor& dy,
                                      const Tensor& h, const DoraScale& dora, bool of_scaled) {
   check_activation("dora_scale_backward", dy);
-  const Tensor factors = factors_of(dora);
-  for_each_slab(dy.cols(), [&](int64_t col, int64_t cols) {
-    kernels_.dora_scale_backward(rows_of(dh, 0, col), from(dmagnitude, col), rows_of(dy, 0, col),
-                                 rows_of(h, 0, col), dy.dtype(), from(factors, col), dy.num_rows(),
-                                 cols);
+  const Tensor factors = factors_of(dora), partial = partial_sums(dmagnitude, dy);
+  for_each_rows(dy.num_rows(), [&](int64_t first, int64_t rows) {
+    kernels_.dora_scale_backward(rows_of(dh, first), of_piece(partial, first), rows_of(dy, first),
+                                 rows_of(h, first), dy.dtype(), from(factors), rows, dy.cols());
   });
+  if (!dmagnitude.defined()) return;
+  sum_rows(dmagnitude, partial, false);
   divide(dmagnitude, of_scaled ? dora.magnitude : dora.norm);
 }
 
@@ -93,9 +94,9 @@ void CpuBackend::dora_swiglu_forward(Tensor& y, const Tensor& gate, const Tensor
   check_activation("dora_swiglu", y);
   const Tensor gate_scale = factors_of(of_gate), up_scale = factors_of(of_up);
   for_each_rows(y.num_rows(), [&](int64_t first, int64_t rows) {
-    kernels_.dora_swiglu_forward(
-        rows_of(y, first, 0), {rows_of(gate, first, 0), rows_of(up, first, 0), from(gate_scale, 0),
-                               from(up_scale, 0), y.dtype(), rows, y.cols()});
+    kernels_.dora_swiglu_forward(rows_of(y, first),
+                                 {rows_of(gate, first), rows_of(up, first), from(gate_scale),
+                                  from(up_scale), y.dtype(), rows, y.cols()});
   });
 }
 
@@ -105,20 +106,28 @@ void CpuBackend::dora_swiglu_backward(Tensor& dgate, Tensor& dup, Tensor& dgate_
                                       const DoraScale& of_up) {
   check_activation("dora_swiglu_backward", dy);
   const Tensor gate_scale = factors_of(of_gate), up_scale = factors_of(of_up);
-  for_each_slab(dy.cols(), [&](int64_t col, int64_t cols) {
-    kernels_.dora_swiglu_backward(
-        rows_of(dgate, 0, col), rows_of(dup, 0, col), from(dgate_magnitude, col),
-        from(dup_magnitude, col), rows_of(dy, 0, col),
-        {rows_of(gate, 0, col), rows_of(up, 0, col), from(gate_scale, col), from(up_scale, col),
-         dy.dtype(), dy.num_rows(), cols});
+  const Tensor gate_partial = partial_sums(dgate_magnitude, dy);
+  const Tensor up_partial = partial_sums(dup_magnitude, dy);
+  for_each_rows(dy.num_rows(), [&](int64_t first, int64_t rows) {
+    kernels_.dora_swiglu_backward(rows_of(dgate, first), rows_of(dup, first),
+                                  of_piece(gate_partial, first), of_piece(up_partial, first),
+                                  rows_of(dy, first),
+                                  {rows_of(gate, first), rows_of(up, first), from(gate_scale),
+                                   from(up_scale), dy.dtype(), rows, dy.cols()});
   });
-  divide(dgate_magnitude, of_gate.norm);
-  divide(dup_magnitude, of_up.norm);
+  if (dgate_magnitude.defined()) {
+    sum_rows(dgate_magnitude, gate_partial, false);
+    divide(dgate_magnitude, of_gate.norm);
+  }
+  if (dup_magnitude.defined()) {
+    sum_rows(dup_magnitude, up_partial, false);
+    divide(dup_magnitude, of_up.norm);
+  }
 }
 
 void CpuBackend::row_squares(Tensor& squares, const Tensor& w) {
   for_each_rows(w.num_rows(), [&](int64_t first, int64_t rows) {
-    kernels_.row_squares(squares.data<float>() + first, rows_of(w, first, 0), w.dtype(), rows,
+    kernels_.row_squares(squares.data<float>() + first, rows_of(w, first), w.dtype(), rows,
                          w.cols());
   });
 }
