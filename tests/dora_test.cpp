@@ -4,7 +4,11 @@
 
 #include <gtest/gtest.h>
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -243,6 +247,42 @@ TEST(Dora, NormsFollowTheOptimizer) {
       moved = std::max(moved, std::abs(kept[n] - std::sqrt(squares[n])));
     }
     EXPECT_GT(moved, 1e-3) << name;
+  }
+}
+
+TEST(Dora, MagnitudesThatDoNotFitAreRefusedAndTheModelIsLeftBare) {
+  const std::string good = kGolden + "adapters/dora_llama_gqa";
+  const std::string m = "base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector";
+  const SafetensorsFile file(good + "/adapter_model.safetensors");
+  auto model = load_model(kGolden + "models/llama_gqa");
+  const std::pair<const char*, Tensor> faults[] = {
+      {"' is missing", Tensor()},
+      {"expected (32)", Tensor::zeros({3}, DType::F32)},
+      {"expected (32)", Tensor::zeros({1, 32}, DType::F32)},
+      {"NaN or infinity", Tensor::from_floats({32}, std::vector<double>(32, NAN), DType::F32)}};
+  for (const auto& [message, tensor] : faults) {
+    const auto folder =
+        std::filesystem::temp_directory_path() / ("graft_dora_" + std::to_string(getpid()));
+    std::filesystem::create_directories(folder);
+    std::filesystem::copy_file(good + "/adapter_config.json", folder / "adapter_config.json");
+    std::vector<NamedTensor> tensors;
+    for (const auto& entry : file.entries()) {
+      const bool changed = entry.name == m;
+      if (!changed || tensor.defined())
+        tensors.push_back({entry.name, changed ? tensor : file.tensor(entry.name)});
+    }
+    write_safetensors(folder / "adapter_model.safetensors", std::move(tensors));
+    try {
+      load_adapter(*model, folder);
+      ADD_FAILURE() << "was loaded";
+    } catch (const Error& error) {
+      const std::string text = error.what();
+      EXPECT_NE(text.find(m), std::string::npos) << text;
+      EXPECT_NE(text.find(message), std::string::npos) << text;
+      EXPECT_EQ(text.find('\n'), std::string::npos) << text;
+    }
+    for (const auto& layer : linear_layers(*model)) EXPECT_EQ(layer.linear->lora, nullptr);
+    std::filesystem::remove_all(folder);
   }
 }
 
