@@ -29,7 +29,8 @@ NamedTensor& find(Tensors& tensors, const std::string& name) {
   throw Error("the test's tensor " + name + " is not there");
 }
 
-std::vector<Fault> faults() {
+// What the names say.
+std::vector<Fault> name_faults() {
   return {
       {"unknown key",
        {"'base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight' has no place",
@@ -61,6 +62,12 @@ std::vector<Fault> faults() {
        [](Tensors& t, Json&) {
          std::erase_if(t, [](auto& one) { return one.name.starts_with(kQ); });
        }},
+  };
+}
+
+// What the tensors and the config say.
+std::vector<Fault> tensor_faults() {
+  return {
       {"transposed A",
        {kQ + ".lora_A.weight' is (32, 4), which looks transposed"},
        [](Tensors& t, Json&) {
@@ -128,7 +135,9 @@ std::vector<Fault> faults() {
 
 TEST(StrictAdapter, SaysInOneLineWhatDoesNotFit) {
   const auto model = load_model(kModel);
-  for (const Fault& fault : faults()) {
+  std::vector<Fault> faults = name_faults();
+  for (const Fault& fault : tensor_faults()) faults.push_back(fault);
+  for (const Fault& fault : faults) {
     SCOPED_TRACE(fault.name);
     const ScratchFolder scratch;
     Tensors tensors;
