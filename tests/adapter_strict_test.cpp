@@ -62,6 +62,21 @@ std::vector<Fault> name_faults() {
        [](Tensors& t, Json&) {
          std::erase_if(t, [](auto& one) { return one.name.starts_with(kQ); });
        }},
+      {"another family",
+       {"'transformer.h.0.attn.c_attn'", "LlamaForCausalLM", "another model or family?"},
+       [](Tensors& t, Json& config) {
+         t = {{"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight",
+               Tensor::zeros({4, 32}, DType::F32)},
+              {"base_model.model.transformer.h.0.attn.c_attn.lora_B.weight",
+               Tensor::zeros({96, 4}, DType::F32)}};
+         config["target_modules"] = {"c_attn"};
+       }},
+      {"resized vocabulary",
+       {"has 101 tokens, but the model has 96", "resized"},
+       [](Tensors& t, Json&) {
+         t.push_back(
+             {"base_model.model.model.embed_tokens.weight", Tensor::zeros({101, 32}, DType::F32)});
+       }},
   };
 }
 
@@ -87,21 +102,6 @@ std::vector<Fault> tensor_faults() {
        {"'model.layers.0.self_attn.q_proj' has A (4, 48)", "expected (r, 32)"},
        [](Tensors& t, Json&) {
          find(t, kQ + ".lora_A.weight").tensor = Tensor::zeros({4, 48}, DType::F32);
-       }},
-      {"another family",
-       {"'transformer.h.0.attn.c_attn'", "LlamaForCausalLM", "another model or family?"},
-       [](Tensors& t, Json& config) {
-         t = {{"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight",
-               Tensor::zeros({4, 32}, DType::F32)},
-              {"base_model.model.transformer.h.0.attn.c_attn.lora_B.weight",
-               Tensor::zeros({96, 4}, DType::F32)}};
-         config["target_modules"] = {"c_attn"};
-       }},
-      {"resized vocabulary",
-       {"has 101 tokens, but the model has 96", "resized"},
-       [](Tensors& t, Json&) {
-         t.push_back(
-             {"base_model.model.model.embed_tokens.weight", Tensor::zeros({101, 32}, DType::F32)});
        }},
       {"overlapping patterns",
        {"rank_pattern has two keys for model.layers.0.self_attn.q_proj"},
