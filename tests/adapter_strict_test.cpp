@@ -29,7 +29,8 @@ NamedTensor& find(Tensors& tensors, const std::string& name) {
   throw Error("the test's tensor " + name + " is not there");
 }
 
-std::vector<Fault> faults() {
+// What the names say.
+std::vector<Fault> name_faults() {
   return {
       {"unknown key",
        {"'base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight' has no place",
@@ -61,6 +62,27 @@ std::vector<Fault> faults() {
        [](Tensors& t, Json&) {
          std::erase_if(t, [](auto& one) { return one.name.starts_with(kQ); });
        }},
+      {"another family",
+       {"'transformer.h.0.attn.c_attn'", "LlamaForCausalLM", "another model or family?"},
+       [](Tensors& t, Json& config) {
+         t = {{"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight",
+               Tensor::zeros({4, 32}, DType::F32)},
+              {"base_model.model.transformer.h.0.attn.c_attn.lora_B.weight",
+               Tensor::zeros({96, 4}, DType::F32)}};
+         config["target_modules"] = {"c_attn"};
+       }},
+      {"resized vocabulary",
+       {"has 101 tokens, but the model has 96", "resized"},
+       [](Tensors& t, Json&) {
+         t.push_back(
+             {"base_model.model.model.embed_tokens.weight", Tensor::zeros({101, 32}, DType::F32)});
+       }},
+  };
+}
+
+// What the tensors and the config say.
+std::vector<Fault> tensor_faults() {
+  return {
       {"transposed A",
        {kQ + ".lora_A.weight' is (32, 4), which looks transposed"},
        [](Tensors& t, Json&) {
@@ -80,21 +102,6 @@ std::vector<Fault> faults() {
        {"'model.layers.0.self_attn.q_proj' has A (4, 48)", "expected (r, 32)"},
        [](Tensors& t, Json&) {
          find(t, kQ + ".lora_A.weight").tensor = Tensor::zeros({4, 48}, DType::F32);
-       }},
-      {"another family",
-       {"'transformer.h.0.attn.c_attn'", "LlamaForCausalLM", "another model or family?"},
-       [](Tensors& t, Json& config) {
-         t = {{"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight",
-               Tensor::zeros({4, 32}, DType::F32)},
-              {"base_model.model.transformer.h.0.attn.c_attn.lora_B.weight",
-               Tensor::zeros({96, 4}, DType::F32)}};
-         config["target_modules"] = {"c_attn"};
-       }},
-      {"resized vocabulary",
-       {"has 101 tokens, but the model has 96", "resized"},
-       [](Tensors& t, Json&) {
-         t.push_back(
-             {"base_model.model.model.embed_tokens.weight", Tensor::zeros({101, 32}, DType::F32)});
        }},
       {"overlapping patterns",
        {"rank_pattern has two keys for model.layers.0.self_attn.q_proj"},
@@ -128,7 +135,9 @@ std::vector<Fault> faults() {
 
 TEST(StrictAdapter, SaysInOneLineWhatDoesNotFit) {
   const auto model = load_model(kModel);
-  for (const Fault& fault : faults()) {
+  std::vector<Fault> faults = name_faults();
+  for (const Fault& fault : tensor_faults()) faults.push_back(fault);
+  for (const Fault& fault : faults) {
     SCOPED_TRACE(fault.name);
     const ScratchFolder scratch;
     Tensors tensors;
