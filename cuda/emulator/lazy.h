@@ -3,18 +3,8 @@
 // between streams and before memory that is pinned is read or written again.
 #pragma once
 
-#include <cstdlib>
-#include <cstring>
-
 namespace emu {
 
-// At first as the environment has it: EMU_LAZY=1.
-inline bool& lazy() {
-  static bool on = [] {
-    const char* wanted = std::getenv("EMU_LAZY");
-    return wanted && !std::strcmp(wanted, "1");
-  }();
-  return on;
-}
+bool& lazy();  // at first as the environment has it: EMU_LAZY=1
 
 }  // namespace emu

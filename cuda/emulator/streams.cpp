@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
+#include <cstring>
 #include <set>
 #include <utility>
 
@@ -82,6 +84,14 @@ cudaError_t wait_on_host(const std::shared_ptr<Capture>& capture) {
 }
 
 }  // namespace
+
+bool& lazy() {
+  static bool on = [] {
+    const char* wanted = std::getenv("EMU_LAZY");
+    return wanted && !std::strcmp(wanted, "1");
+  }();
+  return on;
+}
 
 cudaError_t submit(cudaStream_t stream, Work work) {
   if (!known(stream)) return set_last_error(cudaErrorInvalidResourceHandle);
