@@ -9,6 +9,7 @@
 #include "cuda/emulator/emulator.h"
 #include "cuda/emulator/lazy.h"
 #include "cuda/gpu.cuh"
+#include "cuda/staging.h"
 #include "tests/cuda/support.h"
 
 namespace graft {
@@ -97,6 +98,26 @@ TEST_F(LazyStreams, PinnedMemoryIsWrittenWhenItIsWaitedFor) {
   EXPECT_EQ(in_pinned(), kThrees) << "that was another stream";
   ASSERT_EQ(cudaStreamSynchronize(first_), cudaSuccess);
   EXPECT_EQ(in_pinned(), kTwos);
+}
+
+// More than the ring holds, while the stream has done nothing: a piece that is used again must have
+// been read.
+TEST_F(LazyStreams, TheRingOfStagingWaitsBeforeItComesRound) {
+  constexpr size_t kPieces = 25, kPiece = (size_t(1) << 16) - 16;  // of 4 bytes; no whole segment
+  static_assert(kPieces * kPiece * sizeof(int) > Staging::kLargest);
+  DeviceArray<int> x(kPieces * kPiece);
+  Staging staging(first_);
+  for (size_t i = 0; i < kPieces; ++i) {
+    const std::vector<int> piece(kPiece, int(i));
+    staging.upload(x.get() + i * kPiece, piece.data(), kPiece * sizeof(int));
+  }
+  ASSERT_EQ(cudaStreamSynchronize(first_), cudaSuccess);
+  const std::vector<int> got = x.host();
+  for (size_t i = 0; i < kPieces; ++i)
+    EXPECT_EQ(
+        std::count(got.begin() + long(i * kPiece), got.begin() + long((i + 1) * kPiece), int(i)),
+        long(kPiece))
+        << "piece " << i;
 }
 
 TEST_F(LazyStreams, OtherMemoryIsReadAndWrittenAtOnce) {
