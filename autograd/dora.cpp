@@ -2,8 +2,7 @@
 // by magnitude / norm.
 #include <array>
 
-#include "autograd/op_check.h"
-#include "autograd/ops.h"
+#include "autograd/lora_parts.h"
 #include "autograd/tape.h"
 
 namespace graft::ops {
@@ -25,21 +24,10 @@ void check_factor(const char* op, const DoraFactor& dora, int64_t columns, const
 void check_layer(const Variable& x, const Variable& weight, const Variable& bias,
                  const LoraArguments& lora, const DoraFactor& dora) {
   const char* op = "dora_linear";
-  check_activation(op, "x", x, 2);
-  CHECK(weight.defined() && weight.value().rank() == 2, op, ": weight must be (out, in)");
+  check_linear(op, x, weight, bias);
   CHECK(!needs_grad(weight), op, ": the weight must be frozen");
-  const int64_t N = weight.shape()[0], K = weight.shape()[1];
-  CHECK(x.shape()[1] == K, op, ": x is ", x.shape(), " but weight (out, in) is ", weight.shape());
-  check_weight(op, "weight", weight, weight.shape(), x);
-  if (bias.defined()) check_weight(op, "bias", bias, Shape{N}, x);
-  CHECK(lora.a.defined() && lora.b.defined() && lora.a.value().rank() == 2, op,
-        ": A and B must be given, A (r, in)");
-  const int64_t r = lora.a.shape()[0];
-  check_weight(op, "A", lora.a, Shape{r, K}, x);
-  check_weight(op, "B", lora.b, Shape{N, r}, x);
-  CHECK(lora.dropout_p >= 0 && lora.dropout_p < 1, op, ": dropout_p is ", lora.dropout_p,
-        ", wanted 0 <= p < 1");
-  check_factor(op, dora, N, x);
+  check_lora(op, x, weight, lora);
+  check_factor(op, dora, weight.shape()[0], x);
 }
 
 // What the backward keeps. Of activations only those that a gradient is made from.
@@ -54,19 +42,8 @@ struct Saved {
   DropoutKey key;
 };
 
-void product(Tensor& c, const GemmTerm& term, const Tensor& addend = {}, const Tensor& bias = {}) {
-  backend_of(c).gemm(c, {&term, 1}, addend, bias);
-}
-
 Tensor gradient_of(const Tensor& parameter) {
   return Tensor::empty(parameter.shape(), wide(parameter.dtype()), parameter.device());
-}
-
-Tensor dropped(const Tensor& x, double p, const DropoutKey& key) {
-  if (p == 0) return x;
-  Tensor masked = empty_like(x, Scope::Scratch);
-  backend_of(x).dropout(masked, x, p, key, false);
-  return masked;
 }
 
 // a - b, in the place of a new tensor.

@@ -1,23 +1,12 @@
 // linear and lora_linear: the products where a step spends its time.
 #include <array>
 
-#include "autograd/op_check.h"
-#include "autograd/ops.h"
+#include "autograd/lora_parts.h"
 #include "autograd/tape.h"
 
 namespace graft::ops {
 
 namespace {
-
-// x (T, K), weight (N, K), bias (N) or undefined.
-void check_linear(const char* op, const Variable& x, const Variable& weight, const Variable& bias) {
-  check_activation(op, "x", x, 2);
-  CHECK(weight.defined() && weight.value().rank() == 2, op, ": weight must be (out, in)");
-  CHECK(x.shape()[1] == weight.shape()[1], op, ": x is ", x.shape(), " but weight (out, in) is ",
-        weight.shape());
-  check_weight(op, "weight", weight, weight.shape(), x);
-  if (bias.defined()) check_weight(op, "bias", bias, Shape{weight.shape()[0]}, x);
-}
 
 Tensor value_of(const Variable& x) { return x.defined() ? x.value() : Tensor(); }
 
@@ -69,13 +58,6 @@ struct LoraSaved {
   DropoutKey key;
 };
 
-Tensor dropped(const Tensor& x, double p, const DropoutKey& key) {
-  if (p == 0) return x;
-  Tensor masked = empty_like(x, Scope::Scratch);
-  backend_of(x).dropout(masked, x, p, key, false);
-  return masked;
-}
-
 // dx = dy W + drop'(du A); without dropout one pass over dx.
 Tensor lora_input_grad(const LoraSaved& s, const Tensor& dy, const Tensor& du) {
   Backend& backend = backend_of(dy);
@@ -107,22 +89,12 @@ std::vector<Tensor> lora_backward(const LoraSaved& s, const Tensor& dy, const Ne
   return {dx, dw, dbias, da, db};
 }
 
-void check_lora(const Variable& x, const Variable& weight, const LoraArguments& lora) {
-  CHECK(lora.a.defined() && lora.b.defined() && lora.a.value().rank() == 2,
-        "lora_linear: A and B must be given, A (r, in)");
-  const int64_t r = lora.a.shape()[0];
-  check_weight("lora_linear", "A", lora.a, Shape{r, weight.shape()[1]}, x);
-  check_weight("lora_linear", "B", lora.b, Shape{weight.shape()[0], r}, x);
-  CHECK(lora.dropout_p >= 0 && lora.dropout_p < 1, "lora_linear: dropout_p is ", lora.dropout_p,
-        ", wanted 0 <= p < 1");
-}
-
 }  // namespace
 
 Variable lora_linear(const Variable& x, const Variable& weight, const Variable& bias,
                      const LoraArguments& lora) {
   check_linear("lora_linear", x, weight, bias);
-  check_lora(x, weight, lora);
+  check_lora("lora_linear", x, weight, lora);
   const Tensor& in = x.value();
   LoraSaved saved{
       {},      {}, weight.value(), lora.a.value(), lora.b.value(), lora.scaling, lora.dropout_p,

@@ -2,8 +2,7 @@
 // the low-rank products are inside it. linear.cpp has the same for one layer, in plain terms.
 #include <array>
 
-#include "autograd/op_check.h"
-#include "autograd/ops.h"
+#include "autograd/lora_parts.h"
 #include "autograd/tape.h"
 
 namespace graft::ops {
@@ -75,10 +74,6 @@ void check_group(const Variable& x, const LoraGroup& group, const std::vector<Pl
   check_weight(op, "bordered", Variable(group.bordered), Shape{out + border, in + border}, x);
   CHECK(group.bordered.dtype() == x.value().dtype(), op, ": bordered is ",
         dtype_name(group.bordered.dtype()), " but x is ", dtype_name(x.value().dtype()));
-}
-
-void product(Tensor& c, const GemmTerm& term, const Tensor& addend = {}, const Tensor& bias = {}) {
-  backend_of(c).gemm(c, {&term, 1}, addend, bias);
 }
 
 // --- the bordered layout: every product reads a slice of one buffer
@@ -193,19 +188,14 @@ std::vector<Tensor> bordered_gradients(const GroupSaved& saved, const Tensor& dy
 // --- the merged layout: one base product, the low-rank ones of each layer beside it
 // ---------------
 
-Tensor dropped(const Tensor& x, const LoraArguments& lora) {
-  if (lora.dropout_p == 0) return x;
-  Tensor masked = empty_like(x, Scope::Scratch);
-  backend_of(x).dropout(masked, x, lora.dropout_p, lora.key, false);
-  return masked;
-}
-
 // y = x W^T + bias;  u_i = drop(x) A_i^T;  the columns of layer i += s_i u_i B_i^T.
 void merged_forward(GroupSaved& saved, Tensor& y, const Tensor& x, const Tensor& bias) {
   product(y, {.a = x, .b = saved.weight, .transpose_b = true}, {}, bias);
   for (const Place& p : saved.places) {
     Tensor u = Tensor::empty({x.size(0), p.rank_end - p.rank_begin}, low_rank_dtype(x), x.device());
-    product(u, {.a = dropped(x, p.lora), .b = p.lora.a.value(), .transpose_b = true});
+    product(u, {.a = dropped(x, p.lora.dropout_p, p.lora.key),
+                .b = p.lora.a.value(),
+                .transpose_b = true});
     Tensor columns = y.slice_cols(p.out_begin, p.out_end);
     product(columns, {.a = u, .b = p.lora.b.value(), .transpose_b = true, .alpha = p.lora.scaling},
             columns);
@@ -246,7 +236,8 @@ std::vector<Tensor> merged_gradients(const GroupSaved& saved, const Tensor& dy,
     product(du, {.a = dy_i, .b = p.lora.b.value(), .alpha = p.lora.scaling});
     if (needs[1 + 2 * i]) {
       grads[1 + 2 * i] = parameter(p.lora.a);
-      product(grads[1 + 2 * i], {.a = du, .b = dropped(saved.x, p.lora), .transpose_a = true});
+      product(grads[1 + 2 * i],
+              {.a = du, .b = dropped(saved.x, p.lora.dropout_p, p.lora.key), .transpose_a = true});
     }
     if (needs[0]) add_low_rank_grad(grads[0], du, p.lora);
   }

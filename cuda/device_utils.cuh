@@ -93,6 +93,8 @@ __device__ inline RowPlace row_place(unsigned blocks_per_row) {
   return {int64_t(row), (int64_t(block) * blockDim.x + threadIdx.x) * N};
 }
 
+__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Every lane gets the result; all 32 lanes must call.
@@ -133,6 +135,18 @@ void dispatch_activation(const char* op, DType dtype, F&& f) {
 template <class T, class TensorType>
 T* device_data(const TensorType& tensor) {
   return static_cast<T*>(tensor.raw());
+}
+
+// A matrix as a kernel takes it, rows strided; data null: absent.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+};
+template <class T, class TensorType>
+Rows<T> rows_of(const TensorType& t) {
+  if (!t.defined()) return {nullptr, 0};
+  return {device_data<T>(t), t.row_stride()};
 }
 
 }  // namespace graft

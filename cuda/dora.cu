@@ -10,18 +10,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWalkers = 16;  // threads that share the sum of a column
 
-// A matrix as a kernel walks it; data null: absent.
-template <class T>
-struct Rows {
-  T* data;
-  int64_t stride;
-};
-template <class T>
-Rows<T> rows_of(const Tensor& t) {
-  if (!t.defined()) return {nullptr, 0};
-  return {device_data<T>(t), t.row_stride()};
-}
-
 // magnitude and norm of every column; null: the factor is 1.
 struct Factors {
   const float *magnitude, *norm;
@@ -39,8 +27,6 @@ __device__ void load_factors(float (&g)[N], Factors factors, int64_t col) {
     g[i] = norm == 0 ? 0.0f : factors.magnitude[col + i] / norm;
   }
 }
-
-__device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // Where a matrix is cut: a thread owns `width` neighbouring columns of a chunk of rows, so that it
 // looks up their factors once. blockIdx.x is a block of columns, blockIdx.y a chunk.

@@ -5,20 +5,6 @@
 namespace graft {
 namespace {
 
-// A matrix whose rows may be strided, as a kernel takes it; dense tensors are one long row.
-template <class T>
-struct Rows {
-  T* data;
-  int64_t stride;
-};
-template <class T>
-Rows<T> rows_of(const Tensor& t) {
-  if (!t.defined()) return {nullptr, 0};
-  return {device_data<T>(t), t.row_stride()};
-}
-
-__device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
 // swiglu_forward.
 //   y[t,i] = g s(g) up[t,i],   g = gate[t,i],   s(g) = 1 / (1 + exp(-g))
 // Shapes    y, gate, up (T, I) F32 or BF16, rows strided.

@@ -1,8 +1,9 @@
 // The matrix product: cutting, packing, threads. One call runs through these loops:
 //
 //   m0   block of at most kMaxRows rows of c; op(a)'s rows are packed once, by all threads, and
-//   shared n0   all columns, unless K is so long that the packed rows don't fit: then kKeptCols at
-//   a time k0   the words of k that the packed rows hold; mostly all of them
+//        shared, unless they can be read as they lie
+//   n0   all columns, unless K is so long that the packed rows don't fit: then kKeptCols at a time
+//   k0   the words of k that the packed rows hold; mostly all of them
 //     piece: kGroup columns of c (and a part of the block's tiles), the unit given to a thread
 //       k    steps of kc words: the thread packs kGroup columns of op(b), then
 //            multiplies every A tile with every panel, the sums staying in its L2 cache
@@ -173,12 +174,6 @@ class Gemm {
   }
 
  private:
-  template <class Body>
-  void for_pieces(int64_t pieces, Body&& body) {
-    if (!serial_) return pool_.run(pieces, body);
-    for (int64_t piece = 0; piece < pieces; ++piece) body(piece, 0);
-  }
-
   int64_t tile_stride() const { return (k1_ - k0_) * kMr; }
 
   void pack_rows() {
@@ -187,7 +182,7 @@ class Gemm {
       return;
     const int64_t per_piece = std::max(8192 / std::max<int64_t>(1, k1_ - k0_),
                                        divide_up(tiles_, 4 * pool_.num_threads()));
-    for_pieces(divide_up(tiles_, per_piece), [&](int64_t piece, int) {
+    for_pieces(pool_, serial_, divide_up(tiles_, per_piece), [&](int64_t piece, int) {
       const int64_t end = std::min(tiles_, (piece + 1) * per_piece);
       for (int64_t tile = piece * per_piece; tile < end; ++tile)
         for_terms(p_, k0_, k1_, [&](const Term& t, int64_t word, int64_t offset, int64_t words) {
@@ -204,7 +199,7 @@ class Gemm {
     const int64_t splits =
         serial_ ? 1 : std::clamp<int64_t>(divide_up(wanted, groups), 1, divide_up(tiles_, 8));
     const int64_t tiles = divide_up(tiles_, splits);
-    for_pieces(groups * splits, [&](int64_t piece, int thread) {
+    for_pieces(pool_, serial_, groups * splits, [&](int64_t piece, int thread) {
       const int64_t first = piece % splits * tiles, last = std::min(tiles_, first + tiles);
       const int64_t next = (piece + pool_.num_threads()) / splits;  // most likely this thread's
       if (first < last) multiply_piece(piece / splits, next, first, last, workspace().own(thread));
@@ -334,7 +329,8 @@ void dot_products(const GemmKernels& kernels, ThreadPool& pool, const Product& p
     for (int64_t m = 0; m < p.M; ++m)
       widen(x + start + m * t.k, t.a.data, m * t.a.stride, t.k, t.alpha);
   }
-  const auto body = [&](int64_t piece, int) {
+  const bool serial = double(p.M) * p.N * p.K < kSerialWork;
+  for_pieces(pool, serial, divide_up(p.N, kGroup), [&](int64_t piece, int) {
     std::array<float, kDotRows * kGroup> sums;
     const int64_t end = std::min(p.N, (piece + 1) * kGroup);
     for (int64_t col = piece * kGroup; col < end; col += kernels.nr) {
@@ -345,10 +341,7 @@ void dot_products(const GemmKernels& kernels, ThreadPool& pool, const Product& p
                     i > 0);
       kernels.store(store_at(p, 0, col), sums.data(), p.M, cols);
     }
-  };
-  const int64_t pieces = divide_up(p.N, kGroup);
-  if (double(p.M) * p.N * p.K >= kSerialWork) return pool.run(pieces, body);
-  for (int64_t piece = 0; piece < pieces; ++piece) body(piece, 0);
+  });
 }
 
 bool is_for_dot_products(const Product& p) {

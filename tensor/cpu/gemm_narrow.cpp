@@ -8,12 +8,6 @@ namespace {
 
 constexpr int64_t kTallRows = 4 * kMr;  // of a piece
 
-template <class Body>
-void for_pieces(ThreadPool& pool, bool serial, int64_t pieces, Body&& body) {
-  if (!serial) return pool.run(pieces, body);
-  for (int64_t piece = 0; piece < pieces; ++piece) body(piece, 0);
-}
-
 struct Call {
   const GemmKernels& kernels;
   ThreadPool& pool;

@@ -53,6 +53,13 @@ inline Workspace& workspace() {
   return buffers;
 }
 
+// body(piece, thread) for every piece, by all threads unless that costs more than the work.
+template <class Body>
+void for_pieces(ThreadPool& pool, bool serial, int64_t pieces, Body&& body) {
+  if (!serial) return pool.run(pieces, body);
+  for (int64_t piece = 0; piece < pieces; ++piece) body(piece, 0);
+}
+
 struct Term {
   GemmMatrix a, b;
   bool transpose_a, transpose_b;
