@@ -57,8 +57,8 @@ void fill_pairs(const std::vector<NamedLinear>& layers, const AdapterFile& file)
 
 }  // namespace
 
-LoraConfig load_adapter(Decoder& model, const std::string& directory, const AdapterChecks& checks) {
-  const AdapterFile file = read_adapter(directory);
+void attach_adapter(Decoder& model, const AdapterFile& file, const AdapterChecks& checks) {
+  const std::string& directory = file.directory;
   if (!checks.allow_other_base) check_same_base(file.base, model.fingerprint, directory);
   if (!checks.allow_empty) check_not_empty(file);
   const auto layers = linear_layers(model);
@@ -73,6 +73,11 @@ LoraConfig load_adapter(Decoder& model, const std::string& directory, const Adap
     if (text.find(directory) != std::string::npos) throw;
     fail(directory, ": ", text);
   }
+}
+
+LoraConfig load_adapter(Decoder& model, const std::string& directory, const AdapterChecks& checks) {
+  const AdapterFile file = read_adapter(directory);
+  attach_adapter(model, file, checks);
   return file.config;
 }
 

@@ -20,6 +20,8 @@ struct AdapterChecks {
 // the model is left without any adapter.
 LoraConfig load_adapter(Decoder& model, const std::string& directory,
                         const AdapterChecks& checks = {});
+// The same of what read_adapter gave.
+void attach_adapter(Decoder& model, const AdapterFile& file, const AdapterChecks& checks = {});
 
 // Writes both files, each aside and then renamed; F32, with the fingerprint of the base. The
 // directory is made if it is not there.

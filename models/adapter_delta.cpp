@@ -29,7 +29,9 @@ void add_delta(Tensor& merged, const Tensor& w, const AdapterModule& module, dou
     float* to = merged.data<float>() + row * in;
     double squares = 0;
     for (int64_t i = 0; i < in; ++i) squares += double(v[i]) * v[i];
-    const double g = module.magnitude.data<float>()[row] / std::sqrt(squares);
+    // A row of length 0 stays 0, as in ops::dora_linear.
+    const double m = module.magnitude.data<float>()[row],
+                 g = squares > 0 ? m / std::sqrt(squares) : 0;
     for (int64_t i = 0; i < in; ++i) to[i] += float(weight * (g * v[i] - from[i]));
   });
 }

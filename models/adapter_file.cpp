@@ -30,10 +30,7 @@ std::pair<int64_t, std::string> model_order(const std::string& name) {
                                                    "gate_proj", "up_proj", "down_proj"};
   const std::string last = name.substr(name.rfind('.') + 1);
   const auto place = std::find(order.begin(), order.end(), last) - order.begin();
-  int64_t layer = -1;
-  if (const size_t at = name.find("layers."); at != std::string::npos)
-    layer = std::strtoll(name.c_str() + at + 7, nullptr, 10);
-  return {layer, std::string(1, char('0' + place)) + name};
+  return {layer_index(name), std::string(1, char('0' + place)) + name};
 }
 
 bool is_whole_embedding(const std::string& name) {
@@ -120,8 +117,8 @@ class Reader {
     module.name = target.name;
     module.scaling = target.scaling;
     const auto& names = halves_[target.name];
-    module.a = read_tensor(names[0], 2);
-    module.b = read_tensor(names[1], 2);
+    module.a = read_adapter_tensor(file_, names[0], 2);
+    module.b = read_adapter_tensor(file_, names[1], 2);
     check_rank(names[0], module.a, {target.r, module.a.size(1)}, 0);
     check_rank(names[1], module.b, {module.b.size(0), target.r}, 1);
     CHECK(names[2].empty() || adapter_.config.use_dora, file_.path(), ": tensor '", names[2],
@@ -129,7 +126,7 @@ class Reader {
     CHECK(!names[2].empty() || !adapter_.config.use_dora, file_.path(), ": tensor '", kPrefix,
           target.name, kMagnitude, "' is missing, and use_dora is true; is the file whole?");
     if (!names[2].empty()) {
-      module.magnitude = read_tensor(names[2], 1);
+      module.magnitude = read_adapter_tensor(file_, names[2], 1);
       CHECK(module.magnitude.size(0) == module.b.size(0), file_.path(), ": tensor '", names[2],
             "' is ", module.magnitude.shape(), ", expected (", module.b.size(0), ") as '", names[1],
             "' is ", module.b.shape());
@@ -150,31 +147,11 @@ class Reader {
          " by r ", r, " of adapter_config.json; do the two files belong together?");
   }
 
-  Tensor read_tensor(const std::string& name, size_t rank) const {
-    const SafetensorsEntry& entry = *file_.find(name);
-    CHECK(entry.dtype == "F32" || entry.dtype == "BF16" || entry.dtype == "F16", file_.path(),
-          ": tensor '", name, "' is ", entry.dtype, ", expected F32, BF16 or F16");
-    CHECK(entry.shape.size() == rank, file_.path(), ": tensor '", name, "' has ",
-          entry.shape.size(), " dimensions, expected ", rank);
-    const Tensor value = file_.tensor(name).to(DType::F32, Scope::Adapters);
-    for (int64_t i = 0; i < value.num_elements(); ++i)
-      CHECK(std::isfinite(value.data<float>()[i]), file_.path(), ": tensor '", name,
-            "' holds NaN or infinity at element ", i);
-    return value;
-  }
-
   AdapterFile& adapter_;
   const SafetensorsFile& file_;
   std::map<std::string, std::array<std::string, 3>> halves_;  // module to names of A, B, magnitude
   std::vector<std::string> unknown_;
 };
-
-std::vector<std::string> short_names(const AdapterFile& file) {
-  std::set<std::string> names;
-  for (const AdapterModule& module : file.modules)
-    names.insert(module.name.substr(module.name.rfind('.') + 1));
-  return {names.begin(), names.end()};
-}
 
 std::string metadata_of(const SafetensorsFile& file, const char* key) {
   const auto found = file.metadata().find(key);
@@ -187,6 +164,26 @@ bool differ(const std::string& a, const std::string& b) {
 }
 
 }  // namespace
+
+std::vector<std::string> short_names(const AdapterFile& file) {
+  std::set<std::string> names;
+  for (const AdapterModule& module : file.modules)
+    names.insert(module.name.substr(module.name.rfind('.') + 1));
+  return {names.begin(), names.end()};
+}
+
+Tensor read_adapter_tensor(const SafetensorsFile& file, const std::string& name, size_t rank) {
+  const SafetensorsEntry& entry = *file.find(name);
+  CHECK(entry.dtype == "F32" || entry.dtype == "BF16" || entry.dtype == "F16", file.path(),
+        ": tensor '", name, "' is ", entry.dtype, ", expected F32, BF16 or F16");
+  CHECK(entry.shape.size() == rank, file.path(), ": tensor '", name, "' has ", entry.shape.size(),
+        " dimensions, expected ", rank);
+  const Tensor value = file.tensor(name).to(DType::F32, Scope::Adapters);
+  for (int64_t i = 0; i < value.num_elements(); ++i)
+    CHECK(std::isfinite(value.data<float>()[i]), file.path(), ": tensor '", name,
+          "' holds NaN or infinity at element ", i);
+  return value;
+}
 
 const AdapterModule* AdapterFile::find(const std::string& module) const {
   for (const AdapterModule& one : modules)

@@ -11,6 +11,8 @@
 
 namespace graft {
 
+class SafetensorsFile;
+
 struct AdapterModule {
   std::string name;  // "model.layers.0.self_attn.q_proj"
   Tensor a, b;       // (r, in), (out, r), F32
@@ -38,6 +40,13 @@ LoraConfig load_adapter_config(const std::string& directory);
 // Reads both files. Every tensor must have a name that an adapter has, both halves, the rank that
 // adapter_config.json gives it, and be finite: else one Error that names it.
 AdapterFile read_adapter(const std::string& directory);
+
+// A tensor of an adapter, which is in the file: F32, F16 or BF16 of so many dimensions, finite; as
+// F32.
+Tensor read_adapter_tensor(const SafetensorsFile& file, const std::string& name, size_t rank);
+
+// The last parts of its modules' names, each once: "q_proj", ...
+std::vector<std::string> short_names(const AdapterFile& file);
 
 // Where `got` says that it belongs to another base than `wanted`, throws an Error that begins with
 // `what`. Unknown fingerprints agree with all.

@@ -8,9 +8,13 @@ namespace graft {
 
 int64_t AdapterStack::attach(const std::string& directory, double weight,
                              const AdapterChecks& checks) {
-  CHECK(std::isfinite(weight), directory, ": the adapter's weight is ", weight,
+  return put_on(read_adapter(directory), weight, checks);
+}
+
+int64_t AdapterStack::put_on(const AdapterFile& file, double weight, const AdapterChecks& checks) {
+  CHECK(std::isfinite(weight), file.directory, ": the adapter's weight is ", weight,
         ", expected a number");
-  // load_adapter puts it where the trained one is; that one steps aside for a moment.
+  // attach_adapter puts it where the trained one is; that one steps aside for a moment.
   const std::vector<NamedLinear> layers = linear_layers(model_);
   std::vector<std::unique_ptr<LoraPair>> trained;
   for (const NamedLinear& layer : layers) trained.push_back(std::move(layer.linear->lora));
@@ -18,7 +22,7 @@ int64_t AdapterStack::attach(const std::string& directory, double weight,
     for (size_t i = 0; i < layers.size(); ++i) layers[i].linear->lora = std::move(trained[i]);
   };
   try {
-    load_adapter(model_, directory, checks);
+    attach_adapter(model_, file, checks);
   } catch (...) {
     put_back();
     throw;

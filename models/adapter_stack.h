@@ -19,6 +19,8 @@ class AdapterStack {
   // Reads the adapter as load_adapter does and puts it on top; the number that it is known by.
   // Throws Error for what load_adapter refuses, and the stack is as it was.
   int64_t attach(const std::string& directory, double weight = 1, const AdapterChecks& checks = {});
+  // The same of what read_adapter gave.
+  int64_t put_on(const AdapterFile& file, double weight = 1, const AdapterChecks& checks = {});
   // 0 turns the adapter off without forgetting it.
   void set_weight(int64_t id, double weight);
   void detach(int64_t id);

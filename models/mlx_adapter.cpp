@@ -2,7 +2,6 @@
 #include "models/mlx_adapter.h"
 
 #include <algorithm>
-#include <cmath>
 #include <filesystem>
 #include <map>
 #include <set>
@@ -31,10 +30,6 @@ Tensor transposed(const Tensor& t, double alpha, int64_t rows_out, int64_t cols_
 }
 Tensor transposed(const Tensor& t) { return transposed(t, 1, t.size(1), t.size(0)); }
 
-int64_t layer_of(const std::string& module) {
-  const size_t at = module.find("layers.");
-  return at == std::string::npos ? -1 : std::strtoll(module.c_str() + at + 7, nullptr, 10);
-}
 // "self_attn.q_proj" of "model.layers.3.self_attn.q_proj".
 std::string within_layer(const std::string& module) {
   const size_t at = module.find("layers.");
@@ -45,7 +40,7 @@ std::string within_layer(const std::string& module) {
 bool is_grid(const AdapterFile& file) {
   std::map<int64_t, std::set<std::string>> layers;
   for (const AdapterModule& module : file.modules)
-    layers[layer_of(module.name)].insert(within_layer(module.name));
+    layers[layer_index(module.name)].insert(within_layer(module.name));
   int64_t expected = 0;
   for (const auto& [layer, names] : layers)
     if (layer != expected++ || names != layers.begin()->second) return false;
@@ -53,26 +48,20 @@ bool is_grid(const AdapterFile& file) {
 }
 
 Tensor read_half(const SafetensorsFile& file, const std::string& name) {
-  const SafetensorsEntry* entry = file.find(name);
-  CHECK(entry, file.path(), ": tensor '", name, "' is missing, but its other half is there");
-  CHECK(entry->shape.size() == 2, file.path(), ": tensor '", name, "' has ", entry->shape.size(),
-        " dimensions, expected 2; adapters of experts are not supported");
-  const Tensor value = file.tensor(name).to(DType::F32, Scope::Adapters);
-  for (int64_t i = 0; i < value.num_elements(); ++i)
-    CHECK(std::isfinite(value.data<float>()[i]), file.path(), ": tensor '", name,
-          "' holds NaN or infinity at element ", i);
-  return transposed(value);
+  CHECK(file.find(name), file.path(), ": tensor '", name,
+        "' is missing, but its other half is there");
+  CHECK(file.find(name)->shape.size() != 3, file.path(), ": tensor '", name,
+        "' has 3 dimensions, expected 2; adapters of experts are not supported");
+  return transposed(read_adapter_tensor(file, name, 2));
 }
 
 Tensor read_magnitude(const SafetensorsFile& file, const std::string& module, int64_t out) {
-  const SafetensorsEntry* entry = file.find(module + ".m");
-  CHECK(entry, file.path(), ": tensor '", module, ".m' is missing, and fine_tune_type is dora");
-  const Tensor value = file.tensor(entry->name).to(DType::F32, Scope::Adapters);
-  CHECK(value.shape() == Shape{out}, file.path(), ": tensor '", entry->name, "' is ", value.shape(),
+  const std::string name = module + ".m";
+  CHECK(file.find(name), file.path(), ": tensor '", name,
+        "' is missing, and fine_tune_type is dora");
+  const Tensor value = read_adapter_tensor(file, name, 1);
+  CHECK(value.size(0) == out, file.path(), ": tensor '", name, "' is ", value.shape(),
         ", expected (", out, ")");
-  for (int64_t i = 0; i < out; ++i)
-    CHECK(std::isfinite(value.data<float>()[i]), file.path(), ": tensor '", entry->name,
-          "' holds NaN or infinity at element ", i);
   return value;
 }
 
@@ -118,12 +107,7 @@ AdapterFile read_mlx_adapter(const std::string& directory) {
   adapter.config.use_dora = type == "dora";
   adapter.config.lora_dropout = parameters.number("dropout", 0);
   describe_modules(adapter, /*keep_targets=*/false);
-  if (is_grid(adapter)) {
-    std::set<std::string> names;
-    for (const AdapterModule& module : adapter.modules)
-      names.insert(module.name.substr(module.name.rfind('.') + 1));
-    adapter.config.target_modules = {names.begin(), names.end()};
-  }
+  if (is_grid(adapter)) adapter.config.target_modules = short_names(adapter);
   return adapter;
 }
 
@@ -132,7 +116,7 @@ void write_mlx_adapter(const AdapterFile& file, int64_t num_layers, const std::s
   int64_t rank = 0, first = num_layers;
   std::set<std::string> keys;
   for (const AdapterModule& module : file.modules) {
-    const int64_t layer = layer_of(module.name);
+    const int64_t layer = layer_index(module.name);
     CHECK(layer >= 0 && layer < num_layers, "convert: ", module.name,
           " is in no layer of a model of ", num_layers, " layers; mlx-lm adapts layers alone");
     rank = std::max(rank, module.a.size(0));

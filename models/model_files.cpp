@@ -38,8 +38,7 @@ void copy_model_files(const std::string& model_dir, const std::string& folder, D
                     fs::copy_options::overwrite_existing);
 }
 
-DirectoryAside::DirectoryAside(const std::string& path)
-    : path_(path), aside_(path + ".unfinished") {
+DirectoryAside::DirectoryAside(const std::string& path) : path_(path) {
   while (path_.size() > 1 && path_.ends_with('/')) path_.pop_back();
   aside_ = path_ + ".unfinished";
   CHECK(!fs::exists(path_) || (fs::is_directory(path_) && fs::is_empty(path_)), path_,

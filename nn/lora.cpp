@@ -29,21 +29,6 @@ std::string lower(std::string text) {
   return text;
 }
 
-// The first numeric part behind a container: 3 of "model.layers.3.mlp.up_proj"; -1 where there is
-// none.
-int64_t layer_index(const std::string& name) {
-  size_t begin = name.find('.');
-  while (begin != std::string::npos) {
-    const size_t end = name.find('.', begin + 1);
-    const std::string part = name.substr(begin + 1, end - begin - 1);
-    if (end != std::string::npos && !part.empty() &&
-        part.find_first_not_of("0123456789") == std::string::npos)
-      return std::stoll(part);
-    begin = end;
-  }
-  return -1;
-}
-
 // The value of the one pattern that matches the module, or `otherwise`. PEFT takes the first in the
 // order of the dict, which its own writer then sorts: overlapping keys are refused, not guessed.
 template <class T>
@@ -127,6 +112,19 @@ void initialise(Tensor& a, Tensor& b, const LoraPair& pair, LoraConfig::Init ini
 }
 
 }  // namespace
+
+int64_t layer_index(const std::string& name) {
+  size_t begin = name.find('.');
+  while (begin != std::string::npos) {
+    const size_t end = name.find('.', begin + 1);
+    const std::string part = name.substr(begin + 1, end - begin - 1);
+    if (end != std::string::npos && !part.empty() &&
+        part.find_first_not_of("0123456789") == std::string::npos)
+      return std::strtoll(part.c_str(), nullptr, 10);  // beyond int64: its largest
+    begin = end;
+  }
+  return -1;
+}
 
 bool is_all_linear(const LoraConfig& config) {
   return config.target_modules.size() == 1 && lower(config.target_modules[0]) == "all-linear";

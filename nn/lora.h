@@ -55,6 +55,10 @@ struct LoraTarget {
   int64_t r = 0;
   double scaling = 1;
 };
+// The number of the layer that holds a module: the first numeric part behind a container, 3 of
+// "model.layers.3.mlp.up_proj"; -1 where there is none.
+int64_t layer_index(const std::string& name);
+
 // names: every linear module of the model, in model order, lm_head included. Throws an Error that
 // lists what could match when nothing does.
 std::vector<LoraTarget> match_targets(const LoraConfig& config,

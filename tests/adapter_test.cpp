@@ -15,6 +15,7 @@
 #include "autograd/tape.h"
 #include "models/weights.h"
 #include "tensor/safetensors.h"
+#include "tests/golden_case.h"
 
 namespace graft {
 namespace {
@@ -23,26 +24,6 @@ namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
 const std::string kGolden = "tests/golden/";
-
-Json read_json(const std::string& path) {
-  std::ifstream in(path);
-  CHECK(in, path, ": can't be opened; tests run from the top of the repository");
-  return Json::parse(in);
-}
-
-class ScratchDirectory {
- public:
-  ScratchDirectory() {
-    std::string name = (fs::temp_directory_path() / "graft-adapter-XXXXXX").string();
-    CHECK(mkdtemp(name.data()), "mkdtemp failed");
-    path_ = name;
-  }
-  ~ScratchDirectory() { fs::remove_all(path_); }
-  std::string operator/(const std::string& name) const { return path_ + "/" + name; }
-
- private:
-  std::string path_;
-};
 
 // The largest difference of the rows' logits, as a share of the largest golden logit.
 double logits_error(Decoder& model, const Json& golden) {
@@ -75,7 +56,7 @@ class WrittenByPeft : public testing::TestWithParam<std::string> {};
 
 TEST_P(WrittenByPeft, GivesPeftsLogits) {
   const std::string directory = kGolden + "adapters/" + GetParam();
-  const Json golden = read_json(directory + "/golden.json");
+  const Json golden = golden_json(directory + "/golden.json");
   auto model = load_model(golden["model"]);
   const double without = logits_error(*model, golden);
   load_adapter(*model, directory);
@@ -85,8 +66,8 @@ TEST_P(WrittenByPeft, GivesPeftsLogits) {
 
 TEST_P(WrittenByPeft, SurvivesTheRoundTrip) {
   const std::string directory = kGolden + "adapters/" + GetParam();
-  const Json golden = read_json(directory + "/golden.json");
-  const ScratchDirectory scratch;
+  const Json golden = golden_json(directory + "/golden.json");
+  const ScratchFolder scratch;
   {
     auto model = load_model(golden["model"]);
     const LoraConfig config = load_adapter(*model, directory);
@@ -109,7 +90,7 @@ class Refused : public testing::TestWithParam<std::string> {};
 
 TEST_P(Refused, ByNameAndWhole) {
   const std::string directory = kGolden + "adapters/" + GetParam();
-  const Json config = read_json(directory + "/adapter_config.json");
+  const Json config = golden_json(directory + "/adapter_config.json");
   auto model = load_model(config["base_model_name_or_path"].get<std::string>());
   try {
     load_adapter(*model, directory);
@@ -164,7 +145,7 @@ TEST(Adapter, RefusesWhatDoesNotFitAndLeavesTheModelBare) {
   auto model = load_model(kGolden + "models/llama_gqa");
   for (const auto& fault : faults) {
     SCOPED_TRACE(fault.name);
-    const ScratchDirectory scratch;
+    const ScratchFolder scratch;
     fs::create_directories(scratch / "a");
     fs::copy_file(good + "/adapter_config.json", scratch / "a/adapter_config.json");
     auto changed = tensors;
@@ -181,7 +162,7 @@ TEST(Adapter, RefusesWhatDoesNotFitAndLeavesTheModelBare) {
 }
 
 TEST(Adapter, OfPicklesAloneSaysWhatToDo) {
-  const ScratchDirectory scratch;
+  const ScratchFolder scratch;
   fs::create_directories(scratch / "a");
   fs::copy_file(kGolden + "adapters/llama_gqa/adapter_config.json",
                 scratch / "a/adapter_config.json");
@@ -245,19 +226,13 @@ void set_magnitudes(Decoder& model) {
   }
 }
 
-std::string read_bytes(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  CHECK(in, path, ": can't be opened");
-  return {std::istreambuf_iterator<char>(in), {}};
-}
-
 TEST(Adapter, WritesTheFilesThatPeftHasRead) {
   auto tests = written();
   for (Written& test : tests) {
     SCOPED_TRACE(test.name);
     const std::string fixture = kGolden + "written/" + test.name;
     const bool write = std::getenv("GRAFT_WRITE_GOLDEN") != nullptr;
-    const ScratchDirectory scratch;
+    const ScratchFolder scratch;
     const std::string directory = write ? fixture : scratch / "a";
     auto model = load_model(kGolden + "models/" + test.model);
     test.config.base_model_name_or_path = kGolden + "models/" + test.model;
@@ -265,7 +240,7 @@ TEST(Adapter, WritesTheFilesThatPeftHasRead) {
     set_magnitudes(*model);
     save_adapter(*model, test.config, directory);
     for (const char* file : {"/adapter_config.json", "/adapter_model.safetensors"})
-      EXPECT_EQ(read_bytes(directory + file), read_bytes(fixture + file)) << file;
+      EXPECT_EQ(golden_bytes(directory + file), golden_bytes(fixture + file)) << file;
     if (write) {
       Json logits = {{"input_ids", {{5, 17, 80, 3, 44, 9}}}, {"logits", {Json::array()}}};
       const PackedBatch batch = pack({{5, 17, 80, 3, 44, 9}});
@@ -277,15 +252,15 @@ TEST(Adapter, WritesTheFilesThatPeftHasRead) {
       std::ofstream(fixture + "/logits.json") << logits.dump();
       continue;  // peft.txt is check_adapter.py's
     }
-    EXPECT_LT(logits_error(*model, read_json(fixture + "/logits.json")), 1e-5);
-    EXPECT_NE(read_bytes(fixture + "/peft.txt").find("largest difference"), std::string::npos);
+    EXPECT_LT(logits_error(*model, golden_json(fixture + "/logits.json")), 1e-5);
+    EXPECT_NE(golden_bytes(fixture + "/peft.txt").find("largest difference"), std::string::npos);
   }
 }
 
 // PEFT's forward and backward under our own masks: tests/golden/dropout.
 TEST(Dropout, UnderOurMasksIsPefts) {
   const std::string directory = kGolden + "dropout";
-  const Json golden = read_json(directory + "/golden.json");
+  const Json golden = golden_json(directory + "/golden.json");
   auto model = load_model(golden["model"]);
   load_adapter(*model, directory + "/adapter");
   for (const auto& layer : linear_layers(*model))
@@ -330,7 +305,7 @@ TEST(Dropout, UnderOurMasksIsPefts) {
 
 // Off in evaluation: the context decides, not the adapter.
 TEST(Dropout, IsOffOutsideTraining) {
-  const Json golden = read_json(kGolden + "adapters/qwen3_tied/golden.json");
+  const Json golden = golden_json(kGolden + "adapters/qwen3_tied/golden.json");
   auto model = load_model(golden["model"]);
   load_adapter(*model, kGolden + "adapters/qwen3_tied");
   for (const auto& layer : linear_layers(*model))

@@ -17,6 +17,7 @@
 #include "models/weights.h"
 #include "nn/parameter_buffer.h"
 #include "tensor/safetensors.h"
+#include "tests/golden_case.h"
 #include "tests/op_cases.h"
 #include "tests/tolerance.h"
 #include "train/memory_plan.h"
@@ -28,12 +29,6 @@ namespace {
 using Json = nlohmann::json;
 
 const std::string kGolden = "tests/golden/";
-
-Json read_json(const std::string& path) {
-  std::ifstream in(path);
-  CHECK(in, path, ": can't be opened; tests run from the top of the repository");
-  return Json::parse(in);
-}
 
 DoraNorm random_layer(int64_t N, int64_t K, int64_t r, DType weight_dtype, double scaling) {
   DoraNorm layer;
@@ -113,7 +108,7 @@ class DoraByPeft : public testing::TestWithParam<PeftCase> {};
 
 TEST_P(DoraByPeft, GivesPeftsLossAndGradientsOfABAndM) {
   const std::string folder = kGolden + GetParam().folder;
-  const Json golden = read_json(folder + "/golden.json");
+  const Json golden = golden_json(folder + "/golden.json");
   auto model = load_model(golden["model"]);
   load_adapter(*model, folder + GetParam().adapter);
   ForwardContext context;
@@ -166,7 +161,7 @@ INSTANTIATE_TEST_SUITE_P(Golden, DoraByPeft,
 
 TEST(Dora, CountsTheMagnitudesAsPeftDoes) {
   for (const char* name : {"dora_llama_gqa", "dora_patterns"}) {
-    const Json golden = read_json(kGolden + "adapters/" + name + "/golden.json");
+    const Json golden = golden_json(kGolden + "adapters/" + name + "/golden.json");
     TrainOptions options;
     options.model = golden["model"];
     options.max_seq_length = 16;

@@ -215,5 +215,16 @@ TEST(AdapterDelta, OfDoraIsTheRowsScaledToTheirMagnitudes) {
     EXPECT_NEAR(got[i], from[i] + 0.25 * (m[i / 3] / norms[i / 3] * v[i] - from[i]), 1e-6);
 }
 
+// Where W + s B A has a row of zeros, its length divides nothing: the layer gives 0 there.
+TEST(AdapterDelta, OfADoraRowWithoutLengthLeavesNothingOfTheRow) {
+  const Tensor w = Tensor::from_floats({2, 2}, {0, 0, 3, 4}, DType::F32);
+  const AdapterModule module{"x", Tensor::from_floats({1, 2}, {1, 2}, DType::F32),
+                             Tensor::from_floats({2, 1}, {0, 0}, DType::F32),
+                             Tensor::from_floats({2}, {7, 10}, DType::F32), 2};
+  Tensor merged = w.clone();
+  add_delta(merged, w, module, 1);
+  EXPECT_EQ(merged.to_doubles(), (std::vector<double>{0, 0, 6, 8}));
+}
+
 }  // namespace
 }  // namespace graft

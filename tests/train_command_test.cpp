@@ -217,7 +217,8 @@ TEST_F(TrainCommand, TooLittleMemoryForTheModelIsOneLine) {
 // No limit is set: the kernel would let the memory be reserved, and end the process later.
 TEST_F(TrainCommand, AModelLargerThanTheMachineIsOneLine) {
   auto json = nlohmann::json::parse(read("model/config.json"));
-  json["intermediate_size"] = 1 << 30;  // 400 GB and more
+  json["intermediate_size"] = 1 << 30;
+  json["num_hidden_layers"] = 100;  // 41 TB
   write("model/config.json", json.dump());
   expect_error(
       "$GRAFT train --model model --data data.jsonl --output-dir out --method full --random-init",

@@ -131,8 +131,8 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& choi
   AdapterStack stack(*base);
   std::vector<WeightedAdapter> adapters;
   for (const AdapterChoice& choice : choices) {
-    stack.attach(choice.directory, choice.weight, adapter_checks(args));
     adapters.push_back({read_adapter(choice.directory), choice.weight});
+    stack.put_on(adapters.back().file, choice.weight, adapter_checks(args));
   }
   DirectoryAside folder(output);
   write_merged(*base, model_dir, adapters, dtype, folder.aside());
