@@ -29,7 +29,8 @@ REFUSED = {
 }
 
 
-def make(case, name, seed, config):
+def make(case, name, seed, config, wrap=wrap, more=lambda folder, rows, loaded: {}):
+    """more: what else is written of the loaded adapter, and what golden.json says of it."""
     folder = fresh_folder("adapters", case)
     gen = generator(1000 + seed)
     rows = [torch.randint(3, 96, (n,), generator=gen).tolist() for n in ROW_LENGTHS]
@@ -37,7 +38,7 @@ def make(case, name, seed, config):
     model = wrap(load_model(name), seed, **config)
     save(model, folder)
 
-    loaded = PeftModel.from_pretrained(load_model(name), folder).eval()
+    loaded = PeftModel.from_pretrained(load_model(name), folder, is_trainable=True).eval()
     logits = [logits_of(loaded, r) for r in rows]
     assert all(torch.equal(logits_of(model, r), l) for r, l in zip(rows, logits)), case
     half = PeftModel.from_pretrained(load_model(name, torch.bfloat16), folder).eval()
@@ -46,7 +47,7 @@ def make(case, name, seed, config):
     write_json(f"{folder}/golden.json", {
         "model": f"{MODELS}/{name}", "input_ids": rows, "logits": logits,
         "logits_bf16": logits_of(half, rows[0]), "modules": describe(loaded),
-        "parameters_line": parameters_line(model)})
+        "parameters_line": parameters_line(model), **more(folder, rows, loaded)})
     print(f"{case}: the adapter moves the logits by {effect:.2f} of the largest")
 
 
