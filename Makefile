@@ -146,7 +146,7 @@ build/nvcc/%.o: %.cpp
 	$(CXX) $(ALLFLAGS) -isystem $(CUDA_HOME)/include -c -o $@ $<
 
 # The table of cuda/README.md: bank conflicts by emulation, registers as ptxas lists them, times by a GPU.
-LADDER_PTXAS := $(patsubst %.cu,build/nvcc/%.ptxas,$(wildcard cuda/gemm_by_hand*.cu cuda/lora_linear.cu cuda/rms_norm.cu \
+LADDER_PTXAS := $(patsubst %.cu,build/nvcc/%.ptxas,$(wildcard cuda/gemm_by_hand*.cu cuda/lora_linear.cu cuda/nf4.cu cuda/rms_norm.cu \
                   cuda/cross_entropy*.cu cuda/attention*.cu))
 build/nvcc/%.ptxas: %.cu $(wildcard cuda/*.h cuda/*.cuh)
 	@mkdir -p $(@D)

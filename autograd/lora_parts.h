@@ -14,7 +14,7 @@ inline void check_linear(const char* op, const Variable& x, const Variable& weig
   CHECK(weight.defined() && weight.value().rank() == 2, op, ": weight must be (out, in)");
   CHECK(x.shape()[1] == weight.shape()[1], op, ": x is ", x.shape(), " but weight (out, in) is ",
         weight.shape());
-  check_weight(op, "weight", weight, weight.shape(), x);
+  check_matrix(op, "weight", weight, weight.shape(), x);
   if (bias.defined()) check_weight(op, "bias", bias, Shape{weight.shape()[0]}, x);
 }
 

@@ -1,7 +1,7 @@
 // What every op asks before it touches a kernel. Private to autograd/.
 #pragma once
 
-#include "autograd/variable.h"
+#include "autograd/tape.h"
 #include "tensor/backend.h"
 
 namespace graft::ops {
@@ -35,11 +35,21 @@ inline void check_dense(const char* op, const char* what, const Variable& x) {
 inline void check_weight(const char* op, const char* what, const Variable& weight,
                          const Shape& shape, const Variable& x) {
   const DType dtype = weight.value().dtype();
-  CHECK(dtype != DType::I32 && dtype != DType::U8, op, ": ", what, " is ", dtype_name(dtype),
-        ", wanted a float type");
+  CHECK(dtype != DType::I32 && dtype != DType::U8 && !is_nf4(dtype), op, ": ", what, " is ",
+        dtype_name(dtype), ", wanted a float type");
   CHECK(weight.shape() == shape, op, ": ", what, " is ", weight.shape(), ", wanted ", shape);
   CHECK(weight.value().device() == x.value().device(), op, ": ", what, " is on ",
         device_name(weight.value().device()), " but x is on ", device_name(x.value().device()));
+}
+
+// A matrix of a product: what check_weight takes, or frozen NF4.
+inline void check_matrix(const char* op, const char* what, const Variable& weight,
+                         const Shape& shape, const Variable& x) {
+  if (!is_nf4(weight.value().dtype())) return check_weight(op, what, weight, shape, x);
+  CHECK(!needs_grad(weight), op, ": ", what, " is NF4, which cannot be trained; freeze it");
+  CHECK(weight.shape() == shape && weight.value().device() == x.value().device(), op, ": ", what,
+        " is ", weight.shape(), " on ", device_name(weight.value().device()), ", wanted ", shape,
+        " on ", device_name(x.value().device()));
 }
 
 inline void check_same(const char* op, const char* what, const Variable& b, const Variable& a) {

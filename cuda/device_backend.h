@@ -117,6 +117,10 @@ class CudaBackend final : public Backend {
   void adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& gradient,
              const Tensor& grad_scale, const AdamWStep& step) override;
 
+  // adamw_8bit.cu
+  void adamw_8bit(Tensor& parameter, State8& m, State8& v, const Tensor& gradient,
+                  const Tensor& grad_scale, const AdamWStep& step) override;
+
   // captured_step.cpp
   std::unique_ptr<CapturedStep> capture(const std::function<void()>& step) override;
   // Copies to the device what the kernels started next will read; `from` may then be changed.
@@ -131,6 +135,10 @@ class CudaBackend final : public Backend {
 
   // Where the kernels of a step that is being captured find its scalars; null at other times.
   const StepScalars* captured_scalars() const;
+
+  // The weight in `dtype`: itself, a copy, or NF4 widened, which lasts until the next NF4 weight.
+  // nf4.cu.
+  Tensor widened(const Tensor& weight, DType dtype);
 
   // One product of a gemm; addend and bias as there. gemm.cu.
   void add_product(Tensor& c, const GemmTerm& term, const Tensor& addend, const Tensor& bias);
@@ -155,6 +163,9 @@ class CudaBackend final : public Backend {
   Tensor workspace_;                 // cuBLAS's and cublasLt's: all products run on one stream
   std::unique_ptr<GemmPlans> plans_;
   std::vector<TileList> tile_lists_;
+  std::vector<Tensor> nf4_scratch_[2];  // F32, BF16: the last is in use
+  Tensor dynamic_maps_;                 // (2, 256): signed, unsigned; made when first wanted
+  int64_t most_nf4_elements_ = 0;       // of a weight that was copied here
 };
 
 }  // namespace graft

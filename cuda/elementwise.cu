@@ -1,6 +1,7 @@
 // Fills, copies, sums and scalings, element by element; sums over rows and over everything.
 #include "cuda/device_backend.h"
 #include "cuda/device_utils.cuh"
+#include "cuda/nf4.h"
 
 namespace graft {
 namespace {
@@ -156,12 +157,12 @@ cudaMemcpyKind direction(const Tensor& dst, const Tensor& src) {
 
 // Bytes alone: dst and src have the same dtype.
 void copy_rows(Tensor& dst, const Tensor& src, cudaStream_t stream) {
-  const size_t size = size_t(dtype_size(dst.dtype()));
   if (dst.is_contiguous() && src.is_contiguous()) {
     CUDA_CHECK(cudaMemcpyAsync(dst.raw(), src.raw(), size_t(dst.num_bytes()), direction(dst, src),
                                stream));
     return;
   }
+  const size_t size = size_t(dtype_size(dst.dtype()));
   const Tensor& strided = dst.is_contiguous() ? src : dst;
   const size_t cols = size_t(strided.cols());
   const auto pitch = [&](const Tensor& t) {
@@ -195,6 +196,8 @@ void CudaBackend::copy(Tensor& dst, const Tensor& src) {
   const bool dense = dst.is_contiguous() && src.is_contiguous();
   const size_t bytes = size_t(dst.num_bytes());
   if (dst.dtype() == src.dtype()) {
+    if (is_nf4(src.dtype()) && !to_host)
+      most_nf4_elements_ = std::max(most_nf4_elements_, src.num_elements());
     if (from_host && dense && bytes <= Staging::kLargest)
       return upload(dst.raw(), src.raw(), bytes);
     if (to_host && dense && bytes <= Staging::kLargestDownload)
@@ -206,6 +209,8 @@ void CudaBackend::copy(Tensor& dst, const Tensor& src) {
     copy_rows(dst, converted, stream_);
   } else if (from_host) {
     copy(dst, src.to(Device::CUDA, Scope::Scratch));
+  } else if (is_nf4(src.dtype())) {
+    launch_widen_nf4(kNf4Rungs, dst, src, stream_);
   } else if (src.dtype() == DType::F64) {
     CHECK(dst.dtype() == DType::F32 && dst.is_contiguous() && src.is_contiguous(),
           "copy: F64 into ", dtype_name(dst.dtype()), ", wanted dense F32 on the GPU");

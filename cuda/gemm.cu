@@ -77,7 +77,7 @@ void CudaBackend::add_product(Tensor& c, const GemmTerm& term, const Tensor& add
                               const Tensor& bias) {
   GemmTerm product = term;
   // Tensor cores want operands of one type. b is a weight, or small beside a.
-  product.b = term.b.to(term.a.dtype(), Scope::Scratch);
+  product.b = widened(term.b, term.a.dtype());
   data_type(term.a.dtype());  // throws for what cannot be multiplied here
   CHECK(c.dtype() == term.a.dtype() || c.dtype() == DType::F32,
         "gemm: ", dtype_name(term.a.dtype()), " operands into ", dtype_name(c.dtype()),

@@ -10,7 +10,9 @@
 #include "cuda/gemm_by_hand.h"
 #include "cuda/gpu.cuh"
 #include "cuda/lora_linear.h"
+#include "cuda/nf4.h"
 #include "cuda/rms_norm.h"
+#include "tensor/nf4.h"
 #include "tensor/random.h"
 
 namespace graft {
@@ -78,6 +80,24 @@ void lora_by(Backend& backend, LadderProblem& p, DType dtype_of_u) {
 void run_lora(int rung, LadderProblem& p, cudaStream_t stream) {
   lora_linear(rung, p.outputs[0], p.inputs[0], p.inputs[1], p.inputs[2], p.inputs[3], kScaling,
               stream);
+}
+
+// --- widen_nf4: inputs weight, NF4; outputs it in BF16 -------------------------------------------
+
+LadderCosts nf4_costs(const Sizes& n) {
+  const int64_t elements = n[0] * n[1];
+  return {double(2 * elements + nf4_bytes(elements, DType::NF4)), double(elements)};
+}
+LadderProblem make_nf4(const Sizes& n) {
+  Random random(8);
+  LadderProblem p;
+  p.inputs = {nf4_quantise(random_tensor(random, {n[0], n[1]}, DType::F32), true)};
+  p.outputs = {Tensor::zeros({n[0], n[1]}, DType::BF16)};
+  return p;
+}
+void reference_nf4(LadderProblem& p) { reference_backend().copy(p.outputs[0], p.inputs[0]); }
+void run_nf4(int rung, LadderProblem& p, cudaStream_t stream) {
+  launch_widen_nf4(rung, p.outputs[0], p.inputs[0], stream);
 }
 
 // --- rms_norm: inputs x, weight; outputs y, rstd. Backward: dy, x, weight, rstd; dx --------------
@@ -327,6 +347,27 @@ LadderFamily norm_backward_family() {
       .library_name = ""};
 }
 
+LadderFamily nf4_family() {
+  return {
+      .name = "widen_nf4",
+      .equation = "w = value[code] absmax, NF4 with quantised scales into BF16",
+      .dimensions = "N K",
+      .bench_sizes = {14336, 4096},
+      .small_sizes = {64, 256},
+      .rungs = {{1, "element", "A thread per element: two read one byte, 64 work out one scale.",
+                 "nf4.cu", "widen_nf4_1_element<__nv_bfloat16>"},
+                {2, "words",
+                 "A thread takes the four bytes of eight elements and stores 16 bytes at once; "
+                 "the 16 values lie in shared memory.",
+                 "nf4.cu", "widen_nf4_2_words<__nv_bfloat16>"}},
+      .costs = nf4_costs,
+      .make = make_nf4,
+      .reference = reference_nf4,
+      .run = run_nf4,
+      .library = nullptr,
+      .library_name = ""};
+}
+
 LadderFamily cross_entropy_family() {
   return {.name = "cross_entropy",
           .equation = "loss = logsumexp(z) - z[label], dz = s (softmax(z) - onehot(label)), BF16",
@@ -409,13 +450,10 @@ LadderProblem on_device(const LadderProblem& problem) {
 }
 
 std::vector<LadderFamily> ladder_families() {
-  return {gemm_family(),
-          lora_family(),
-          norm_family(),
-          norm_backward_family(),
-          cross_entropy_family(),
-          attention_family(),
-          attention_backward_family()};
+  return {gemm_family(),          lora_family(),
+          nf4_family(),           norm_family(),
+          norm_backward_family(), cross_entropy_family(),
+          attention_family(),     attention_backward_family()};
 }
 
 }  // namespace graft

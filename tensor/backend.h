@@ -24,7 +24,8 @@ namespace graft {
 
 // One product of a gemm: alpha * op(a) op(b), op being the transpose where asked for.
 //   op(a) (M, K), op(b) (K, N); each F32, BF16 or F16, rows may be strided. A frozen weight of a
-//   linear layer (out, in) is b with transpose_b in the forward and without it for dX.
+//   linear layer (out, in) is b with transpose_b in the forward and without it for dX. b may be NF4
+//   (nf4.h): its elements are rounded to BF16 where a is BF16, and only ever widened part by part.
 struct GemmTerm {
   Tensor a;
   Tensor b;
@@ -36,6 +37,11 @@ struct GemmTerm {
 struct AdamWStep {
   double learning_rate, beta1, beta2, epsilon, weight_decay;
   int64_t step;  // from 1: bias correction is 1 - beta^step
+};
+
+// A moment of AdamW in 8 bits (blockwise8.h): codes (n) U8, absmax F32, one for 256 elements.
+struct State8 {
+  Tensor codes, absmax;
 };
 
 // The work of one optimizer step, on the addresses of its capture. Whoever holds it keeps what lies
@@ -77,7 +83,7 @@ class Backend {
   virtual std::string describe() const = 0;  // one line for people: which code runs and why
 
   // Moves bytes and fills. dst and src have the same number of elements; dtypes may differ (rounded
-  // to nearest even); rows of either may be strided.
+  // to nearest even); rows of either may be strided. src may be NF4 (nf4.h), and be widened.
   virtual void fill(Tensor& dst, double value) = 0;
   virtual void copy(Tensor& dst, const Tensor& src) = 0;
 
@@ -213,6 +219,9 @@ class Backend {
   // `parameter`, m, v are updated.
   virtual void adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& gradient,
                      const Tensor& grad_scale, const AdamWStep& step) = 0;
+  // As bitsandbytes' AdamW8bit: m (signed map) and v (unsigned) are widened, updated, quantised.
+  virtual void adamw_8bit(Tensor& parameter, State8& m, State8& v, const Tensor& gradient,
+                          const Tensor& grad_scale, const AdamWStep& step) = 0;
 
   // Runs `step`, whose kernels are not started but kept, to be started many times at once. The
   // GPU alone can do that; it must have run the same step before.

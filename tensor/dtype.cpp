@@ -19,6 +19,9 @@ int64_t dtype_size(DType dtype) {
       return 4;
     case DType::U8:
       return 1;
+    case DType::NF4:
+    case DType::NF4Single:
+      fail("dtype: ", dtype_name(dtype), " lies in blocks and has no bytes per element");
   }
   fail("dtype: unknown value ", int(dtype));
 }
@@ -37,6 +40,10 @@ std::string_view dtype_name(DType dtype) {
       return "I32";
     case DType::U8:
       return "U8";
+    case DType::NF4:
+      return "NF4";
+    case DType::NF4Single:
+      return "NF4 (single)";
   }
   fail("dtype: unknown value ", int(dtype));
 }

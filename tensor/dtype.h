@@ -1,5 +1,6 @@
 // Element types. F32 and BF16 are computed in; F16 only comes from files (used in place, widened to
-// F32 when read); F64 exists on the CPU for gradient checks; I32 holds token ids and positions.
+// F32 when read); F64 exists on the CPU for gradient checks; I32 holds token ids and positions. NF4
+// is that of frozen weights, four bits an element in blocks (nf4.h).
 #pragma once
 
 #include <cstdint>
@@ -8,9 +9,10 @@
 
 namespace graft {
 
-enum class DType : uint8_t { F32, BF16, F16, F64, I32, U8 };
+enum class DType : uint8_t { F32, BF16, F16, F64, I32, U8, NF4, NF4Single };
 
-int64_t dtype_size(DType dtype);           // bytes per element
+inline bool is_nf4(DType dtype) { return dtype == DType::NF4 || dtype == DType::NF4Single; }
+int64_t dtype_size(DType dtype);           // bytes per element; Error for NF4, which has none
 std::string_view dtype_name(DType dtype);  // "F32", "BF16": the spelling of safetensors
 
 // The 16-bit storage types. Conversion to 16 bits rounds to nearest even, as hardware and PyTorch

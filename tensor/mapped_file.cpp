@@ -27,6 +27,13 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
   data_ = static_cast<char*>(mapped);
 }
 
+void MappedFile::forget(const char* begin, int64_t bytes) const {
+  const auto page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t from = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
+  const uintptr_t to = (reinterpret_cast<uintptr_t>(begin) + uintptr_t(bytes)) / page * page;
+  if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_DONTNEED);
+}
+
 MappedFile::~MappedFile() {
   if (data_) munmap(data_, size_t(size_));
 }

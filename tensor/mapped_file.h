@@ -16,6 +16,10 @@ class MappedFile {
   MappedFile(const MappedFile&) = delete;
   MappedFile& operator=(const MappedFile&) = delete;
 
+  // Takes [begin, begin + bytes) out of the process's memory, whole pages of it; who reads there
+  // again gets them back from the page cache.
+  void forget(const char* begin, int64_t bytes) const;
+
   const char* data() const { return data_; }
   int64_t size() const { return size_; }
   const std::string& path() const { return path_; }

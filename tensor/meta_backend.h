@@ -53,6 +53,8 @@ class MetaBackend final : public Backend {
   void sum_of_squares(Tensor&, const Tensor&) override {}
   void clip_factor(Tensor&, double) override {}
   void adamw(Tensor&, Tensor&, Tensor&, const Tensor&, const Tensor&, const AdamWStep&) override {}
+  void adamw_8bit(Tensor&, State8&, State8&, const Tensor&, const Tensor&,
+                  const AdamWStep&) override {}
 };
 
 }  // namespace graft

@@ -178,6 +178,11 @@ Tensor SafetensorsFile::tensor(const std::string& name) const {
        ", graft reads F32, BF16 and F16");
 }
 
+void SafetensorsFile::forget(const std::string& name) const {
+  const SafetensorsEntry* entry = find(name);
+  if (entry) file_->forget(file_->data() + data_start_ + entry->begin, entry->end - entry->begin);
+}
+
 namespace {
 
 // A file that is written beside `path` and takes its place in finish(), or vanishes.

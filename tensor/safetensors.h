@@ -46,6 +46,7 @@ class SafetensorsFile {
   // that does not lie on a multiple of its element size is copied. Throws Error for a missing name,
   // for a rank above 4 and for dtypes other than F32, F16, BF16, F64, I32 and U8.
   Tensor tensor(const std::string& name) const;
+  void forget(const std::string& name) const;  // MappedFile::forget on its bytes
 
  private:
   void parse_header(const char* text, int64_t length);

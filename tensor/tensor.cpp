@@ -4,8 +4,22 @@
 
 #include "tensor/backend.h"
 #include "tensor/dispatch.h"
+#include "tensor/nf4.h"
 
 namespace graft {
+namespace {
+
+int64_t dense_bytes(const Shape& shape, DType dtype) {
+  const int64_t elements = shape.num_elements();
+  return is_nf4(dtype) ? nf4_bytes(elements, dtype) : elements * dtype_size(dtype);
+}
+
+void check_can_slice(const char* op, DType dtype) {
+  CHECK(!is_nf4(dtype), op, ": the tensor is ", dtype_name(dtype),
+        ", whose blocks run across rows; widen it first");
+}
+
+}  // namespace
 
 Storage::Storage(int64_t bytes, Device device, Scope scope)
     : data_(allocator_of(device).allocate(bytes, scope)),
@@ -26,7 +40,7 @@ Tensor Tensor::empty(Shape shape, DType dtype, Device device, Scope scope) {
   Tensor t;
   t.shape_ = shape;
   t.dtype_ = dtype;
-  t.storage_ = std::make_shared<Storage>(shape.num_elements() * dtype_size(dtype), device, scope);
+  t.storage_ = std::make_shared<Storage>(dense_bytes(shape, dtype), device, scope);
   t.row_stride_ = t.cols();
   return t;
 }
@@ -70,12 +84,13 @@ Tensor Tensor::borrow(const void* data, Shape shape, DType dtype,
   Tensor t;
   t.shape_ = shape;
   t.dtype_ = dtype;
-  t.storage_ =
-      std::make_shared<Storage>(const_cast<void*>(data), shape.num_elements() * dtype_size(dtype),
-                                Device::CPU, std::move(owner));
+  t.storage_ = std::make_shared<Storage>(const_cast<void*>(data), dense_bytes(shape, dtype),
+                                         Device::CPU, std::move(owner));
   t.row_stride_ = t.cols();
   return t;
 }
+
+int64_t Tensor::num_bytes() const { return dense_bytes(shape_, dtype_); }
 
 Tensor Tensor::reshape(Shape shape) const {
   CHECK(shape.num_elements() == num_elements(), "reshape: ", shape_, " to ", shape);
@@ -91,6 +106,7 @@ Tensor Tensor::reshape(Shape shape) const {
 Tensor Tensor::slice_rows(int64_t begin, int64_t end) const {
   CHECK(rank() >= 1 && 0 <= begin && begin <= end && end <= size(0), "slice_rows: [", begin, ", ",
         end, ") of ", shape_);
+  check_can_slice("slice_rows", dtype_);
   Tensor t = *this;
   // Elements from an index of dimension 0 to the next; dimensions between 0 and the rows are dense.
   int64_t stride = rank() == 1 ? 1 : row_stride_;
@@ -108,6 +124,7 @@ Tensor Tensor::slice_rows(int64_t begin, int64_t end) const {
 Tensor Tensor::slice_cols(int64_t begin, int64_t end) const {
   CHECK(rank() == 2 && 0 <= begin && begin <= end && end <= size(1), "slice_cols: [", begin, ", ",
         end, ") of ", shape_);
+  check_can_slice("slice_cols", dtype_);
   Tensor t = *this;
   t.shape_ = {size(0), end - begin};
   t.byte_offset_ += begin * dtype_size(dtype_);
@@ -131,6 +148,10 @@ Tensor Tensor::clone(Scope scope) const {
     backend_of(device()).copy(t, *this);
     return t;
   }
+  if (is_nf4(dtype_)) {
+    std::memcpy(t.raw(), raw(), size_t(num_bytes()));
+    return t;
+  }
   const int64_t row_bytes = cols() * dtype_size(dtype_);
   for (int64_t row = 0; row < num_rows(); ++row)
     std::memcpy(static_cast<char*>(t.raw()) + row * row_bytes,
@@ -141,9 +162,10 @@ Tensor Tensor::clone(Scope scope) const {
 
 Tensor Tensor::to(DType dtype, Scope scope) const {
   if (dtype == dtype_) return *this;
+  CHECK(!is_nf4(dtype), "to: ", dtype_name(dtype), " is made by nf4_quantise");
   Tensor t = empty(shape_, dtype, device(), scope);
   if (device() == Device::Meta) return t;
-  if (device() == Device::CUDA) {
+  if (device() == Device::CUDA || is_nf4(dtype_)) {
     backend_of(device()).copy(t, *this);
     return t;
   }
@@ -176,6 +198,7 @@ Tensor Tensor::to(Device to_device, Scope scope) const {
 
 std::vector<double> Tensor::to_doubles() const {
   if (device() == Device::CUDA) return to(Device::CPU).to_doubles();
+  if (is_nf4(dtype_)) return to(DType::F32, Scope::Scratch).to_doubles();
   std::vector<double> values;
   values.reserve(size_t(num_elements()));
   const auto collect = [&]<class T>(T) {

@@ -67,7 +67,7 @@ class Tensor {
   int rank() const { return shape_.rank(); }
   int64_t size(int i) const { return shape_[i]; }
   int64_t num_elements() const { return shape_.num_elements(); }
-  int64_t num_bytes() const { return num_elements() * dtype_size(dtype_); }  // dense
+  int64_t num_bytes() const;  // dense
   DType dtype() const { return dtype_; }
   Device device() const { return storage_->device(); }
 
@@ -77,7 +77,7 @@ class Tensor {
   int64_t row_stride() const { return row_stride_; }  // elements from a row to the next
   bool is_contiguous() const { return row_stride_ == cols() || num_rows() <= 1; }
 
-  // Views: they share the bytes.
+  // Views: they share the bytes. Of NF4 (nf4.h) there is reshape alone.
   Tensor reshape(Shape shape) const;                    // this must be contiguous
   Tensor slice_rows(int64_t begin, int64_t end) const;  // of dimension 0
   Tensor slice_cols(int64_t begin, int64_t end) const;  // of the last dimension; rank 2
@@ -93,7 +93,7 @@ class Tensor {
 
   // Copies. `clone` is dense. `to` converts (rounding to nearest even) or moves to another device;
   // it returns *this without a copy when nothing would change. What goes from the GPU to the CPU
-  // waits for the GPU.
+  // waits for the GPU. To NF4 there is nf4_quantise.
   Tensor clone(Scope scope = Scope::Activations) const;
   Tensor to(DType dtype, Scope scope = Scope::Activations) const;
   Tensor to(Device device, Scope scope = Scope::Activations) const;

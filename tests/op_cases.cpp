@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "tensor/backend.h"
+#include "tensor/nf4.h"
 #include "tensor/random.h"
 
 namespace graft {
@@ -41,10 +42,20 @@ Tensor rotary_table(int64_t positions, int64_t D, DType dtype) {
   return Tensor::from_floats({positions, D}, table, dtype == DType::F64 ? dtype : DType::F32);
 }
 
-Variable run_lora(const Inputs& in, bool with_bias, double dropout_p) {
+ops::LoraArguments lora_of(const Inputs& in, double dropout_p) {
   ops::LoraArguments lora{in[in.size() - 2], in[in.size() - 1], 1.5, dropout_p, {}};
   lora.key = {.seed = 0x123456789abcdef0u, .step = 3, .module = 5, .first_row = 1000};
-  return ops::lora_linear(in[0], in[1], with_bias ? in[2] : Variable(), lora);
+  return lora;
+}
+
+Variable run_lora(const Inputs& in, bool with_bias, double dropout_p) {
+  return ops::lora_linear(in[0], in[1], with_bias ? in[2] : Variable(), lora_of(in, dropout_p));
+}
+
+// A frozen weight, (N, H).
+Variable nf4_weight(const OpSizes& s, const Inputs& in, bool double_quant) {
+  const Tensor dense = random_tensor({s.N, s.H}, DType::F32, 31, 1 / std::sqrt(double(s.H)));
+  return Variable(nf4_quantise(dense, double_quant).to(in[0].value().device()));
 }
 
 // Three layers as q, k, v: the second has no adapter, the others differ in rank, scaling and, where
@@ -258,6 +269,17 @@ std::vector<OpCase> product_cases(const OpSizes& s) {
          const Tensor a = random_tensor({r, H}, adapter, 31, 1 / std::sqrt(double(H)));
          const Tensor b = random_tensor({N, r}, adapter, 32, 1 / std::sqrt(double(r)));
          return ops::add_low_rank(in[0], in[1], a.to(device), b.to(device), 0.7);
+       }},
+      {"linear_nf4",
+       {{kX, {T, H}}, {kW, {N}}},
+       [s](const Inputs& in, DType) { return ops::linear(in[0], nf4_weight(s, in, true), in[1]); }},
+      {"linear_nf4_single",
+       {{kX, {T, H}}},
+       [s](const Inputs& in, DType) { return ops::linear(in[0], nf4_weight(s, in, false)); }},
+      {"lora_linear_nf4",
+       {{kX, {T, H}}, {kA, {r, H}}, {kA, {N, r}}},
+       [s](const Inputs& in, DType) {
+         return ops::lora_linear(in[0], nf4_weight(s, in, true), {}, lora_of(in, 0.3));
        }},
       {"linear_cross_entropy",
        {{kX, {T, H}}, {kW, {V, H}}},

@@ -196,6 +196,10 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   }
   return result;
 }
+// Operations that are rounded by themselves; the emulated build has no other ones.
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 // Loads and stores with a hint for the caches.
 template <class T>
 T __ldg(const T* p) {

@@ -8,6 +8,7 @@
 
 #include "tensor/cpu/cpu_kernels.h"
 #include "tensor/cpu/gemm.h"
+#include "tensor/cpu/gemm_nf4.h"
 #include "tensor/cpu/kernels/table.h"
 #include "tensor/thread_pool.h"
 
@@ -124,6 +125,8 @@ void write_double(char* p, DType dtype, double x) {
     case DType::U8:
       *p = char(uint8_t(x));
       return;
+    default:
+      fail("copy: no conversion to ", dtype_name(dtype));
   }
 }
 
@@ -155,9 +158,34 @@ void CpuBackend::fill(Tensor& dst, double value) {
       Line(dst));
 }
 
+namespace {
+
+// dst F32 or BF16, or through F32 whatever copy knows; NF4 again: its bytes.
+void widen_nf4(Tensor& dst, const Tensor& src) {
+  if (dst.dtype() == src.dtype()) {
+    std::memcpy(dst.raw(), src.raw(), size_t(src.num_bytes()));
+    return;
+  }
+  if ((dst.dtype() != DType::F32 && dst.dtype() != DType::BF16) || !dst.is_contiguous()) {
+    const Tensor wide = src.to(DType::F32, Scope::Scratch);
+    return cpu_backend().copy(dst, wide);
+  }
+  static const GemmKernels& kernels = gemm_kernels(cpu_choice().path);
+  const Nf4Matrix line{nf4_view(src), src.num_elements(), dst.dtype()};
+  const int64_t n = src.num_elements(), size = dtype_size(dst.dtype());
+  thread_pool().run(pieces_of(n, kElements), [&](int64_t piece, int) {
+    const int64_t begin = piece * kElements;
+    line.widen(kernels, static_cast<char*>(dst.raw()) + begin * size, 0, 1, begin,
+               std::min(kElements, n - begin));
+  });
+}
+
+}  // namespace
+
 void CpuBackend::copy(Tensor& dst, const Tensor& src) {
   CHECK(dst.num_elements() == src.num_elements(), "copy: dst is ", dst.shape(), " but src is ",
         src.shape());
+  if (is_nf4(src.dtype())) return widen_nf4(dst, src);
   const DType to = dst.dtype(), from = src.dtype();
   const int64_t to_size = dtype_size(to), from_size = dtype_size(from);
   for_each_run(

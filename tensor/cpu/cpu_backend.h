@@ -76,6 +76,8 @@ class CpuBackend : public Backend {
   void clip_factor(Tensor& outcome, double max_norm) override;
   void adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& gradient,
              const Tensor& grad_scale, const AdamWStep& step) override;
+  void adamw_8bit(Tensor& parameter, State8& m, State8& v, const Tensor& gradient,
+                  const Tensor& grad_scale, const AdamWStep& step) override;
 
  private:
   Tensor weight_as_f32(const Tensor& weight);

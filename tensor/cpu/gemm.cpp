@@ -9,6 +9,9 @@
 //            multiplies every A tile with every panel, the sums staying in its L2 cache
 //       after the last k: sums + bias + addend, rounded once, into c
 //
+// An NF4 operand b is widened by the thread that packs it, a step of a group at a time, to what a
+// weight of the dtype of a would hold there.
+//
 // A word is one k in F32, or where the CPU multiplies BF16 faster two k of a product of BF16 by
 // BF16 (kernels/gemm_kernels.h). Two terms are one product whose words run on from the first to the
 // second, of whatever kind. The order of additions in an element is fixed by the terms' k and kc
@@ -31,6 +34,7 @@ namespace {
 constexpr int64_t kDotRows = 4;  // up to so many rows, dot products with b's rows as they lie
 
 GemmMatrix matrix_of(const Tensor& t) {
+  if (is_nf4(t.dtype())) return {t.raw(), t.row_stride() / 2, DType::U8};  // to fetch ahead alone
   CHECK(t.dtype() == DType::F32 || t.dtype() == DType::BF16 || t.dtype() == DType::F16,
         "gemm: operand is ", dtype_name(t.dtype()), ", wanted F32, BF16 or F16");
   return {t.raw(), t.row_stride(), t.dtype()};
@@ -38,7 +42,8 @@ GemmMatrix matrix_of(const Tensor& t) {
 
 // Both BF16, and no factor that would have to be rounded to it.
 bool is_for_pairs(const GemmTerm& term) {
-  return term.a.dtype() == DType::BF16 && term.b.dtype() == DType::BF16 && term.alpha == 1;
+  const bool b = term.b.dtype() == DType::BF16 || is_nf4(term.b.dtype());
+  return term.a.dtype() == DType::BF16 && b && term.alpha == 1;
 }
 
 Product product_of(const GemmKernels& kernels, Tensor& c, std::span<const GemmTerm> terms,
@@ -55,6 +60,8 @@ Product product_of(const GemmKernels& kernels, Tensor& c, std::span<const GemmTe
     const int64_t k = term.transpose_a ? term.a.num_rows() : term.a.cols();
     if (k == 0) continue;
     const bool pairs = kernels.pairs->multiply && is_for_pairs(term);
+    CHECK(!is_nf4(term.a.dtype()), "gemm: a is ", dtype_name(term.a.dtype()),
+          ", which b alone may be");
     Term& t = p.terms[p.num_terms++];
     t = {matrix_of(term.a),
          matrix_of(term.b),
@@ -64,7 +71,11 @@ Product product_of(const GemmKernels& kernels, Tensor& c, std::span<const GemmTe
          k,
          pairs ? kernels.pairs : &kernels.floats,
          pairs ? 2 : 1,
-         false};
+         false,
+         {}};
+    if (is_nf4(term.b.dtype()))
+      t.nf4 = {nf4_view(term.b), term.b.cols(),
+               term.a.dtype() == DType::BF16 ? DType::BF16 : DType::F32};
     p.K += t.words();
   }
   p.out = {c.raw(), c.row_stride(), c.dtype(), nullptr, 0, bias};
@@ -202,7 +213,7 @@ class Gemm {
     for_pieces(pool_, serial_, groups * splits, [&](int64_t piece, int thread) {
       const int64_t first = piece % splits * tiles, last = std::min(tiles_, first + tiles);
       const int64_t next = (piece + pool_.num_threads()) / splits;  // most likely this thread's
-      if (first < last) multiply_piece(piece / splits, next, first, last, workspace().own(thread));
+      if (first < last) multiply_piece(piece / splits, next, first, last, thread);
     });
   }
 
@@ -243,15 +254,16 @@ class Gemm {
   }
 
   // Columns [group * kGroup, + kGroup) of the range, A tiles [first, last).
-  void multiply_piece(int64_t group, int64_t next_group, int64_t first, int64_t last, float* own) {
+  void multiply_piece(int64_t group, int64_t next_group, int64_t first, int64_t last, int thread) {
     const int64_t nr = kernels_.nr, col0 = group * kGroup;
     const int64_t cols = std::min(kGroup, cols_ - col0), panels = divide_up(cols, nr);
+    float* const own = workspace().own(thread);
     float* const packed_b = own;
     float* const sums = kept_sums_ ? kept_sums_ + col0 * tiles_ * kMr : own + kPackedB;
     if (p_.K == 0) std::memset(sums, 0, tiles_ * kMr * kGroup * sizeof(float));
     for (int64_t k = k0_; k < k1_; k += kc_) {
       const int64_t kc = std::min(kc_, k1_ - k);
-      pack_columns(packed_b, k, kc, n0_ + col0, cols);
+      pack_columns(packed_b, workspace().widened(thread), k, kc, n0_ + col0, cols);
       const int64_t calls = panels * divide_up(last - first, kernels_.tiles_sub);
       Prefetch ahead =
           k + kc < k1_ ? prefetch(k + kc, col0, calls) : prefetch(k0_, next_group * kGroup, calls);
@@ -281,23 +293,36 @@ class Gemm {
 
   // Of what pack_columns will read, the part in the first term.
   Prefetch prefetch(int64_t k, int64_t col0, int64_t calls) const {
-    const int64_t cols = std::min(kGroup, cols_ - col0), col = n0_ + col0;
     Prefetch ahead;
-    if (cols <= 0) return ahead;
+    if (col0 >= cols_) return ahead;
     for_terms(p_, k, std::min(k + kc_, k1_),
               [&](const Term& t, int64_t word, int64_t offset, int64_t words) {
                 if (offset > 0) return;
-                const int64_t from = word * t.per_word, count = t.elements(word, words);
+                int64_t from = word * t.per_word, count = t.elements(word, words);
+                int64_t col = n0_ + col0, cols = std::min(kGroup, cols_ - col0);
+                if (t.nf4) {  // two elements of a row a byte
+                  int64_t& begin = t.transpose_b ? from : col;
+                  int64_t& length = t.transpose_b ? count : cols;
+                  begin /= 2;
+                  length = divide_up(length, 2);
+                }
                 ahead = t.transpose_b ? Prefetch(t.b, col, cols, from, count, calls)
                                       : Prefetch(t.b, from, count, col, cols, calls);
               });
     return ahead;
   }
 
-  void pack_columns(float* panels, int64_t k, int64_t kc, int64_t col, int64_t cols) {
+  void pack_columns(float* panels, float* widened, int64_t k, int64_t kc, int64_t col,
+                    int64_t cols) {
     for_terms(p_, k, k + kc, [&](const Term& t, int64_t word, int64_t offset, int64_t words) {
-      t.inner->pack_b(panels + offset * kernels_.nr, kc_ * kernels_.nr, t.b, t.transpose_b,
-                      word * t.per_word, t.elements(word, words), col, cols);
+      const int64_t from = word * t.per_word, count = t.elements(word, words);
+      float* const to = panels + offset * kernels_.nr;
+      const int64_t stride = kc_ * kernels_.nr;
+      if (!t.nf4) return t.inner->pack_b(to, stride, t.b, t.transpose_b, from, count, col, cols);
+      const GemmMatrix part = t.transpose_b
+                                  ? t.nf4.widen(kernels_, widened, col, cols, from, count)
+                                  : t.nf4.widen(kernels_, widened, from, count, col, cols);
+      t.inner->pack_b(to, stride, part, t.transpose_b, 0, count, 0, cols);
     });
   }
 
@@ -317,6 +342,19 @@ void widen_row(float* y, const void* x, int64_t offset, int64_t count, float alp
   for (int64_t k = 0; k < count; ++k) y[k] = to_float(from[k]) * alpha;
 }
 
+// Columns [col, col + cols) of one term, for M rows; NF4 a few rows at a time, which stay in the L1
+// cache.
+void dot_columns(const GemmKernels& kernels, const Term& t, float* sums, const float* x, int64_t M,
+                 int64_t col, int64_t cols, bool accumulate, float* widened) {
+  if (!t.nf4) return kernels.dot(sums, kernels.nr, x, M, t.b, col, cols, t.k, accumulate);
+  const int64_t step = std::clamp<int64_t>(kWidened / 4 / t.k, 1, cols);
+  for (int64_t j = 0; j < cols; j += step) {
+    const int64_t n = std::min(step, cols - j);
+    const GemmMatrix part = t.nf4.widen(kernels, widened, col + j, n, 0, t.k);
+    kernels.dot(sums + j, kernels.nr, x, M, part, 0, n, t.k, accumulate);
+  }
+}
+
 // Decoding: so few rows that b is read once, as it lies, and the speed is that of memory.
 void dot_products(const GemmKernels& kernels, ThreadPool& pool, const Product& p) {
   float* const x = workspace().packed_a();  // (M, k) of each term
@@ -330,15 +368,16 @@ void dot_products(const GemmKernels& kernels, ThreadPool& pool, const Product& p
       widen(x + start + m * t.k, t.a.data, m * t.a.stride, t.k, t.alpha);
   }
   const bool serial = double(p.M) * p.N * p.K < kSerialWork;
-  for_pieces(pool, serial, divide_up(p.N, kGroup), [&](int64_t piece, int) {
+  workspace().reserve(serial ? 1 : pool.num_threads());
+  for_pieces(pool, serial, divide_up(p.N, kGroup), [&](int64_t piece, int thread) {
     std::array<float, kDotRows * kGroup> sums;
     const int64_t end = std::min(p.N, (piece + 1) * kGroup);
     for (int64_t col = piece * kGroup; col < end; col += kernels.nr) {
       const int64_t cols = std::min(kernels.nr, end - col);
       int64_t at = 0;
       for (int i = 0; i < p.num_terms; at += p.M * p.terms[i++].k)
-        kernels.dot(sums.data(), kernels.nr, x + at, p.M, p.terms[i].b, col, cols, p.terms[i].k,
-                    i > 0);
+        dot_columns(kernels, p.terms[i], sums.data(), x + at, p.M, col, cols, i > 0,
+                    workspace().widened(thread));
       kernels.store(store_at(p, 0, col), sums.data(), p.M, cols);
     }
   });
@@ -348,7 +387,8 @@ bool is_for_dot_products(const Product& p) {
   bool yes = p.M <= kDotRows && p.K > 0;
   int64_t k = 0;
   for (int i = 0; i < p.num_terms; k += p.terms[i++].k)
-    yes = yes && p.terms[i].transpose_b && !p.terms[i].transpose_a;
+    yes = yes && p.terms[i].transpose_b && !p.terms[i].transpose_a &&
+          (!p.terms[i].nf4 || p.terms[i].k <= kWidened);
   return yes && p.M * k <= kPackedA;
 }
 
@@ -362,7 +402,7 @@ void cpu_gemm(const GemmKernels& kernels, ThreadPool& pool, Tensor& c,
   if (p.M == 0 || p.N == 0) return;
   if (is_for_dot_products(p)) return dot_products(kernels, pool, p);
   if (is_narrow(p, kernels)) return narrow_product(kernels, pool, p);
-  if (p.N <= kNarrow && p.M > p.N) swap_operands(p);
+  if (p.N <= kNarrow && p.M > p.N && !has_nf4(p)) swap_operands(p);
   find_direct_terms(p);
   Gemm(kernels, pool, p).run();
 }
@@ -374,7 +414,8 @@ void cpu_gemm(Tensor& c, std::span<const GemmTerm> terms, const Tensor& addend,
 }
 
 int64_t gemm_scratch_bytes(int threads) {
-  return (kPackedA + kKeptSums + threads * (kPackedB + kOwnSums)) * int64_t(sizeof(float));
+  return (kPackedA + kKeptSums + threads * (kPackedB + kOwnSums + kWidened)) *
+         int64_t(sizeof(float));
 }
 
 const GemmKernels& gemm_kernels(CpuPath path) {

@@ -62,8 +62,8 @@ Shape shape_of(const Product& p) {
 }  // namespace
 
 bool is_narrow(const Product& p, const GemmKernels& kernels) {
-  return p.num_terms == 1 && p.terms[0].inner == &kernels.floats && shape_of(p) != Shape::Other &&
-         p.terms[0].k * kernels.narrow->cols <= kPackedA;
+  return p.num_terms == 1 && !has_nf4(p) && p.terms[0].inner == &kernels.floats &&
+         shape_of(p) != Shape::Other && p.terms[0].k * kernels.narrow->cols <= kPackedA;
 }
 
 void narrow_product(const GemmKernels& kernels, ThreadPool& pool, const Product& p) {

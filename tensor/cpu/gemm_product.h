@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "tensor/cpu/gemm.h"
+#include "tensor/cpu/gemm_nf4.h"
 #include "tensor/cpu/kernels/gemm_kernels.h"
 
 namespace graft::gemm_parts {
@@ -20,6 +21,7 @@ constexpr int64_t kKeptCols = 2048;  // columns whose sums are kept from one k0 
 constexpr int64_t kKeptSums = kMaxRows * kKeptCols;
 constexpr int64_t kPackedB = kMaxKc * kGroup;
 constexpr int64_t kOwnSums = kMaxRows * kGroup;
+constexpr int64_t kWidened = kMaxKc * kGroup;  // words of a part of an NF4 operand
 constexpr int64_t kNarrow = 48;      // up to so many columns or rows, a product is a narrow one
 constexpr double kSerialWork = 5e5;  // multiply-adds below which waking threads costs more
 
@@ -33,9 +35,10 @@ class Workspace {
   float* kept_sums() { return get(kept_sums_, kKeptSums); }
   void reserve(int threads) {
     if (int(own_.size()) < threads) own_.resize(threads);
-    for (int t = 0; t < threads; ++t) get(own_[t], kPackedB + kOwnSums);
+    for (int t = 0; t < threads; ++t) get(own_[t], kPackedB + kOwnSums + kWidened);
   }
   float* own(int thread) { return own_[thread].data<float>(); }
+  float* widened(int thread) { return own(thread) + kPackedB + kOwnSums; }
 
  private:
   static float* get(Tensor& buffer, int64_t floats) {
@@ -68,6 +71,7 @@ struct Term {
   const GemmInner* inner;
   int64_t per_word;  // elements of k
   bool direct;       // a's rows are words of that kind as they lie, and are not packed
+  Nf4Matrix nf4;     // b, where it is that; GemmMatrix b has its bytes then
 
   int64_t words() const { return divide_up(k, per_word); }
   int64_t elements(int64_t word, int64_t words) const {
@@ -83,6 +87,11 @@ struct Product {
   bool swapped = false;
   GemmStore out;  // of all of c
 };
+
+inline bool has_nf4(const Product& p) {
+  return std::any_of(p.terms.begin(), p.terms.begin() + p.num_terms,
+                     [](const Term& t) { return bool(t.nf4); });
+}
 
 // The place (i, j) of c, or in a swapped product (j, i).
 inline GemmStore store_at(const Product& p, int64_t i, int64_t j) {

@@ -116,6 +116,11 @@ TEST_F(Ladder, EveryLoraLinearIsTheReferences) {
     check_family("lora_linear", sizes, 1, stream());
 }
 
+TEST_F(Ladder, EveryWideningIsTheReferences) {
+  for (const Sizes& sizes : {Sizes{1, 1}, Sizes{7, 33}, Sizes{70, 130}})
+    check_family("widen_nf4", sizes, 1, stream());
+}
+
 TEST_F(Ladder, EveryNormIsTheReferences) {
   for (const Sizes& sizes : {Sizes{1, 6}, Sizes{37, 51}, Sizes{9, 520}}) {
     check_family("rms_norm", sizes, 1, stream());
@@ -263,9 +268,10 @@ TEST_F(Ladder, RefusesWhatARungCannotDo) {
 // without ldmatrix.
 TEST_F(Ladder, BankConflictsAreWhereTheLadderShowsThem) {
   const std::vector<std::pair<std::string, std::vector<uint64_t>>> wanted = {
-      {"gemm", {0, 0, 0, 4, 1, 1, 1}},  {"lora_linear", {1, 1, 1}},   {"rms_norm", {0, 0}},
-      {"rms_norm_backward", {0, 0}},    {"cross_entropy", {0, 0, 0}}, {"attention", {0, 0, 1}},
-      {"attention_backward", {0, 0, 1}}};
+      {"gemm", {0, 0, 0, 4, 1, 1, 1}}, {"lora_linear", {1, 1, 1}},
+      {"widen_nf4", {0, 0}},           {"rms_norm", {0, 0}},
+      {"rms_norm_backward", {0, 0}},   {"cross_entropy", {0, 0, 0}},
+      {"attention", {0, 0, 1}},        {"attention_backward", {0, 0, 1}}};
   ASSERT_EQ(wanted.size(), ladder_families().size());
   for (const auto& [name, waves] : wanted) {
     const LadderFamily family = family_named(name);

@@ -240,6 +240,7 @@ extern const GemmKernels gemm_kernels = {
     store,
     store_transposed,
     dot,
+    widen_nf4,
 };
 
 }  // namespace graft::GRAFT_ISA

@@ -16,11 +16,23 @@ namespace graft {
 
 constexpr int64_t kMr = 6;
 
+extern const float kNf4Values[16];  // tensor/nf4.h, which brings too much along
+
 // Where an operand lies: element (i, j) is at data + i * stride + j.
 struct GemmMatrix {
   const void* data;
   int64_t stride;
   DType dtype;
+};
+
+// Elements of an NF4 weight (tensor/nf4.h), a rectangle of it: (rows, count), the first at `first`
+// of the line of elements, rows row_step elements apart. absmax: of each row the scales of the
+// blocks that it touches, from that of its first element on.
+struct Nf4Rows {
+  const uint8_t* codes;
+  int64_t first, row_step, rows, count;
+  const float* absmax;
+  int64_t absmax_stride;
 };
 
 // One panel of results on its way out: c = sums + bias + addend, rounded once.
@@ -88,6 +100,8 @@ struct GemmKernels {
   // sums[i * sums_stride + j] = or += sum over k of x[i * count + k] * w(row + j, k), i < m <= 4.
   void (*dot)(float* sums, int64_t sums_stride, const float* x, int64_t m, const GemmMatrix& w,
               int64_t row, int64_t rows, int64_t count, bool accumulate);
+  // dst (rows, count) F32 or BF16, dense: the elements of NF4, rounded once.
+  void (*widen_nf4)(void* dst, DType dtype, const Nf4Rows& src);
 };
 
 namespace portable {

@@ -1,5 +1,5 @@
 // The micro kernel of the matrix product, once for each format of packed operands. Included by
-// gemm_kernels.cpp (F32) and gemm_pairs.cpp (pairs of BF16) alone.
+// gemm_kernels.cpp (F32), gemm_pairs.cpp (pairs of BF16) and gemm_nf4.cpp alone.
 //
 // A tile of 6 x nr sums stays in registers while k runs: 24 + 4 + 1 registers of 32 with AVX-512
 // (nr = 64), 12 + 2 + 1 of 16 with AVX2 (nr = 16). Every sum is one chain of multiply-adds over k
@@ -142,5 +142,6 @@ struct Floats {
 
 extern const GemmNarrow gemm_narrow;  // gemm_narrow.cpp
 extern const GemmInner gemm_pairs;    // gemm_pairs.cpp; no functions where there is no such format
+void widen_nf4(void* dst, DType dtype, const Nf4Rows& src);  // gemm_nf4.cpp
 
 }  // namespace graft::GRAFT_ISA

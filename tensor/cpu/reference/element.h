@@ -2,7 +2,7 @@
 // is looked up at every element, which is slow and leaves nothing to hide behind.
 #pragma once
 
-#include "tensor/tensor.h"
+#include "tensor/nf4.h"
 
 namespace graft::reference {
 
@@ -20,6 +20,8 @@ inline double load(DType dtype, const void* data, int64_t i) {
       return static_cast<const int32_t*>(data)[i];
     case DType::U8:
       return static_cast<const uint8_t*>(data)[i];
+    default:
+      break;  // NF4: In
   }
   fail("reference: unknown dtype");
 }
@@ -44,6 +46,8 @@ inline void store(DType dtype, void* data, int64_t i, double value) {
     case DType::U8:
       static_cast<uint8_t*>(data)[i] = uint8_t(value);
       return;
+    default:
+      break;
   }
   fail("reference: unknown dtype");
 }
@@ -51,8 +55,11 @@ inline void store(DType dtype, void* data, int64_t i, double value) {
 // A tensor as the matrix num_rows() x cols() (tensor.h). Views share the bytes of the tensor.
 class In {
  public:
-  explicit In(const Tensor& t) : data_(t.raw()), dtype_(t.dtype()), stride_(t.row_stride()) {}
+  explicit In(const Tensor& t) : data_(t.raw()), dtype_(t.dtype()), stride_(t.row_stride()) {
+    if (is_nf4(dtype_)) nf4_ = nf4_view(t);
+  }
   double operator()(int64_t row, int64_t col) const {
+    if (nf4_.codes) return nf4_value(nf4_, row * stride_ + col);
     return load(dtype_, data_, row * stride_ + col);
   }
 
@@ -60,6 +67,7 @@ class In {
   const void* data_;
   DType dtype_;
   int64_t stride_;
+  Nf4View nf4_;
 };
 
 class Out {

@@ -11,13 +11,19 @@ using reference::Out;
 
 namespace {
 
-// The tensor, transposed where asked for, as a dense row-major matrix.
-std::vector<double> widened(const Tensor& t, bool transpose) {
+// The tensor, transposed where asked for, as a dense row-major matrix. NF4 beside BF16 is rounded
+// to BF16.
+std::vector<double> widened(const Tensor& t, bool transpose, const Tensor& other) {
   const int64_t rows = t.num_rows(), cols = t.cols();
+  const bool narrow = is_nf4(t.dtype()) && other.dtype() == DType::BF16;
   std::vector<double> dense(rows * cols);
   In in(t);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < cols; ++c) dense[transpose ? c * rows + r : r * cols + c] = in(r, c);
+    for (int64_t c = 0; c < cols; ++c) {
+      const double value = in(r, c);
+      dense[transpose ? c * rows + r : r * cols + c] =
+          narrow ? to_float(to_bfloat16(float(value))) : value;
+    }
   return dense;
 }
 
@@ -33,8 +39,8 @@ void ReferenceBackend::gemm(Tensor& c, std::span<const GemmTerm> terms, const Te
               (term.transpose_b ? term.b.num_rows() : term.b.cols()) == N &&
               (term.transpose_b ? term.b.cols() : term.b.num_rows()) == K,
           "gemm: c is ", c.shape(), " but a is ", term.a.shape(), " and b is ", term.b.shape());
-    const std::vector<double> a = widened(term.a, term.transpose_a);   // (M, K)
-    const std::vector<double> b = widened(term.b, !term.transpose_b);  // (N, K)
+    const std::vector<double> a = widened(term.a, term.transpose_a, term.b);   // (M, K)
+    const std::vector<double> b = widened(term.b, !term.transpose_b, term.a);  // (N, K)
     for (int64_t m = 0; m < M; ++m)
       for (int64_t n = 0; n < N; ++n) {
         double dot = 0;

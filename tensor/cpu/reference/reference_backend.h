@@ -92,6 +92,8 @@ class ReferenceBackend final : public Backend {
   void clip_factor(Tensor& outcome, double max_norm) override;
   void adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& gradient,
              const Tensor& grad_scale, const AdamWStep& step) override;
+  void adamw_8bit(Tensor& parameter, State8& m, State8& v, const Tensor& gradient,
+                  const Tensor& grad_scale, const AdamWStep& step) override;
 };
 
 }  // namespace graft
