@@ -1,10 +1,12 @@
 #include "nn/parameter_buffer.h"
 
+#include "tensor/blockwise8.h"
 #include "tensor/system_memory.h"
 
 namespace graft {
 namespace {
-constexpr int64_t kAlign = 16;  // elements: 64 bytes
+constexpr int64_t kAlign = 16;           // elements: 64 bytes
+constexpr int64_t kLeastIn8Bits = 4096;  // elements of a leaf, as bitsandbytes has it
 
 // As transformers' Trainer has it: biases and norms are spared.
 bool has_weight_decay(const std::string& name) {
@@ -12,15 +14,28 @@ bool has_weight_decay(const std::string& name) {
 }
 }  // namespace
 
-ParameterBuffer::ParameterBuffer(std::vector<std::pair<std::string, Variable>> leaves,
-                                 Device device, Scope scope) {
+// Offsets of all leaves; returns the length of the buffer. In 8 bits a block of 256 with its scale
+// lies within a leaf, so that each begins at a multiple of that.
+int64_t ParameterBuffer::lay_out(std::vector<std::pair<std::string, Variable>>& leaves,
+                                 Moments moments) {
+  const int64_t align = moments == Moments::Bits8 ? kBlock8 : kAlign;
   int64_t total = 0;
   for (auto& [name, variable] : leaves) {
     CHECK(variable.requires_grad() && variable.is_leaf(), "parameter buffer: ", name,
           " is not a leaf that requires a gradient");
-    entries_.push_back({name, variable, total});
-    total += (variable.value().num_elements() + kAlign - 1) / kAlign * kAlign;
+    const int64_t elements = variable.value().num_elements();
+    const bool in_8_bits = moments == Moments::Bits8 && elements >= kLeastIn8Bits;
+    const int64_t room = (elements + align - 1) / align * align;
+    entries_.push_back({name, variable, total, in_8_bits, state_elements_[in_8_bits]});
+    total += room;
+    state_elements_[in_8_bits] += room;
   }
+  return total;
+}
+
+ParameterBuffer::ParameterBuffer(std::vector<std::pair<std::string, Variable>> leaves,
+                                 Device device, Scope scope, Moments moments) {
+  const int64_t total = lay_out(leaves, moments);
   CHECK(total > 0, "parameter buffer: nothing to train");
   if (device == Device::CPU)
     check_memory(total * 4 * int64_t(sizeof(float)),
@@ -28,8 +43,17 @@ ParameterBuffer::ParameterBuffer(std::vector<std::pair<std::string, Variable>> l
                  "train fewer: a smaller r, fewer target_modules, or method lora");
   values_ = Tensor::zeros({total}, DType::F32, device, scope);
   gradients_ = Tensor::zeros({total}, DType::F32, device, Scope::Optimizer);
-  m_ = Tensor::zeros({total}, DType::F32, device, Scope::Optimizer);
-  v_ = Tensor::zeros({total}, DType::F32, device, Scope::Optimizer);
+  const auto zeros = [&](int64_t elements, DType dtype) {
+    return Tensor::zeros({elements}, dtype, device, Scope::Optimizer);
+  };
+  if (const int64_t n = state_elements_[0]; n > 0) {
+    m_ = zeros(n, DType::F32);
+    v_ = zeros(n, DType::F32);
+  }
+  if (const int64_t n = state_elements_[1]; n > 0) {  // a scale of 0 makes any code a 0
+    m8_ = {zeros(n, DType::U8), zeros(num_blocks8(n), DType::F32)};
+    v8_ = {zeros(n, DType::U8), zeros(num_blocks8(n), DType::F32)};
+  }
   outcome_ = Tensor::zeros({3}, DType::F64, device, Scope::Optimizer);
   for (auto& entry : entries_) {
     const Tensor value = entry.variable.value();
@@ -64,22 +88,55 @@ void ParameterBuffer::step(const AdamWStep& adamw, double max_grad_norm) {
   Tensor squares = outcome_.slice_rows(1, 2);
   backend.sum_of_squares(squares, gradients_);
   backend.clip_factor(outcome_, max_grad_norm);
-  const Tensor factor = outcome_.slice_rows(2, 3);
+  // Neighbours that are treated alike are one piece of the buffer.
+  const auto alike = [&](const Entry& a, const Entry& b) {
+    return a.in_8_bits == b.in_8_bits &&
+           (adamw.weight_decay == 0 || has_weight_decay(a.name) == has_weight_decay(b.name));
+  };
   for (size_t first = 0, last; first < entries_.size(); first = last) {
-    const bool decays = has_weight_decay(entries_[first].name);
-    AdamWStep run = adamw;
-    if (!decays) run.weight_decay = 0;
     last = first + 1;
-    while (last < entries_.size() &&
-           (adamw.weight_decay == 0 || has_weight_decay(entries_[last].name) == decays))
-      ++last;
-    const int64_t begin = entries_[first].offset;
-    const int64_t end = last < entries_.size() ? entries_[last].offset : num_elements();
-    Tensor values = values_.slice_rows(begin, end), m = m_.slice_rows(begin, end),
-           v = v_.slice_rows(begin, end);
-    backend.adamw(values, m, v, gradients_.slice_rows(begin, end), factor, run);
+    while (last < entries_.size() && alike(entries_[first], entries_[last])) ++last;
+    AdamWStep run = adamw;
+    if (!has_weight_decay(entries_[first].name)) run.weight_decay = 0;
+    update(first, last, run);
   }
   publish();
+}
+
+// Entries [first, last), which are of one kind.
+void ParameterBuffer::update(size_t first, size_t last, const AdamWStep& adamw) {
+  const Entry& entry = entries_[first];
+  const int64_t begin = entry.offset;
+  const int64_t end = last < entries_.size() ? entries_[last].offset : num_elements();
+  const int64_t at = entry.state_offset, to = at + end - begin;
+  Tensor values = values_.slice_rows(begin, end);
+  const Tensor gradients = gradients_.slice_rows(begin, end);
+  const Tensor factor = outcome_.slice_rows(2, 3);
+  Backend& backend = backend_of(gradients_);
+  if (!entry.in_8_bits) {
+    Tensor m = m_.slice_rows(at, to), v = v_.slice_rows(at, to);
+    return backend.adamw(values, m, v, gradients, factor, adamw);
+  }
+  const auto part = [&](const State8& whole) {
+    return State8{whole.codes.slice_rows(at, to),
+                  whole.absmax.slice_rows(at / kBlock8, to / kBlock8)};
+  };
+  State8 m = part(m8_), v = part(v8_);
+  backend.adamw_8bit(values, m, v, gradients, factor, adamw);
+}
+
+std::vector<std::pair<std::string, Tensor>> ParameterBuffer::state() const {
+  std::vector<std::pair<std::string, Tensor>> all{{"values", values_}};
+  const auto add = [&](const char* name, const Tensor& tensor) {
+    if (tensor.defined()) all.emplace_back(name, tensor);
+  };
+  add("m", m_);
+  add("v", v_);
+  add("m_8bit", m8_.codes);
+  add("m_8bit_absmax", m8_.absmax);
+  add("v_8bit", v8_.codes);
+  add("v_8bit_absmax", v8_.absmax);
+  return all;
 }
 
 void ParameterBuffer::publish() {

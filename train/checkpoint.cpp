@@ -122,9 +122,9 @@ void write_checkpoint(const std::string& folder, const TrainerState& state,
                       const std::function<void(const std::string&)>& save_model) {
   fs::create_directories(folder);
   save_model(folder);
-  write_safetensors(
-      folder + "/" + kOptimizer,
-      {{"values", parameters.values()}, {"m", parameters.m()}, {"v", parameters.v()}});
+  std::vector<NamedTensor> optimizer;
+  for (const auto& [name, tensor] : parameters.state()) optimizer.push_back({name, tensor});
+  write_safetensors(folder + "/" + kOptimizer, std::move(optimizer));
   Json object = to_json(state);
   std::vector<std::string> names;
   for (const auto& entry : fs::directory_iterator(folder)) names.push_back(entry.path().filename());
@@ -224,15 +224,12 @@ TrainerState load_trainer_state(const std::string& checkpoint) {
 
 void load_optimizer(ParameterBuffer& parameters, const std::string& checkpoint) {
   const SafetensorsFile file(checkpoint + "/" + kOptimizer);
-  const auto load = [&](Tensor& destination, const char* name) {
+  for (auto& [name, destination] : parameters.state()) {
     const Tensor saved = file.tensor(name);
     CHECK(saved.shape() == destination.shape(), file.path(), ": ", name, " has ",
           saved.num_elements(), " elements, but ", destination.num_elements(), " are trained here");
     backend_of(destination).copy(destination, saved);
-  };
-  load(parameters.values(), "values");
-  load(parameters.m(), "m");
-  load(parameters.v(), "v");
+  }
   parameters.publish();
 }
 
