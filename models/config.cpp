@@ -59,6 +59,25 @@ void read_shape(const JsonReader& reader, Family family, ModelConfig& config) {
       reader.size("max_position_embeddings", family == Family::Llama ? 2048 : 32768);
 }
 
+void read_quantisation(const JsonReader& reader, ModelConfig& model) {
+  if (!reader.has("quantization_config")) return;
+  const Json& object = reader.object()["quantization_config"];
+  CHECK(object.is_object(), reader.path(), ": quantization_config is not an object");
+  const JsonReader config(reader.path(), object);
+  const std::string method = config.text("quant_method", "bitsandbytes");
+  const bool four_bits = config.boolean("load_in_4bit", config.boolean("_load_in_4bit", false));
+  const std::string type = config.text("bnb_4bit_quant_type", "fp4");
+  CHECK(method == "bitsandbytes" && four_bits && type == "nf4", reader.path(),
+        ": quantization_config is ", method, four_bits ? " " + type : "",
+        method == "bitsandbytes" && !four_bits ? " int8" : "",
+        "; bitsandbytes nf4 is supported, or take the unquantised model");
+  const std::string storage = config.text("bnb_4bit_quant_storage", "uint8");
+  CHECK(storage == "uint8", reader.path(), ": quantization_config.bnb_4bit_quant_storage is ",
+        storage, ", wanted uint8");
+  model.nf4 = true;
+  model.nf4_double_quant = config.boolean("bnb_4bit_use_double_quant", false);
+}
+
 void read_flags(const JsonReader& reader, Family family, ModelConfig& config) {
   config.architecture = family == Family::Llama   ? "LlamaForCausalLM"
                         : family == Family::Qwen2 ? "Qwen2ForCausalLM"
@@ -78,8 +97,7 @@ void read_flags(const JsonReader& reader, Family family, ModelConfig& config) {
   const std::string act = reader.text("hidden_act", "silu");
   CHECK(act == "silu" || act == "swish", reader.path(), ": hidden_act '", act,
         "' is not supported; silu is");
-  CHECK(!reader.has("quantization_config"), reader.path(),
-        ": quantization_config: quantised weights are not supported; take the unquantised model");
+  read_quantisation(reader, config);
   std::string dtype = reader.text("dtype", reader.text("torch_dtype", "float32"));
   if (dtype.rfind("torch.", 0) == 0) dtype = dtype.substr(6);
   CHECK(dtype == "float32" || dtype == "bfloat16" || dtype == "float16", reader.path(),

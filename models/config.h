@@ -20,6 +20,8 @@ struct ModelConfig {
   bool attention_out_bias = false;
   bool mlp_bias = false;
   bool qk_norm = false;  // RMSNorm over head_dim of q and k, before RoPE (Qwen3)
+  // quantization_config: bitsandbytes NF4. Which weights are in it, the files say themselves.
+  bool nf4 = false, nf4_double_quant = false;
   RopeConfig rope;
   DType dtype = DType::F32;  // torch_dtype / dtype of the file's config; weights may differ
 

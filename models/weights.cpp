@@ -9,6 +9,7 @@
 
 #include "models/json_file.h"
 #include "tensor/backend.h"
+#include "tensor/nf4.h"
 #include "tensor/safetensors.h"
 #include "tensor/system_memory.h"
 #include "tensor/thread_pool.h"
@@ -51,6 +52,11 @@ class Checkpoint {
   Tensor tensor(const std::string& name) const {
     const Place& place = where_.at(name);
     return place.file->tensor(place.stored_name);
+  }
+  // Its bytes have been read: the process need not hold them any longer.
+  void forget(const std::string& name) const {
+    const Place& place = where_.at(name);
+    place.file->forget(place.stored_name);
   }
   std::string alias_of(const std::string& name) const {
     for (const auto& file : files_) {
@@ -169,8 +175,9 @@ bool same_bytes(const Tensor& a, const Tensor& b) {
 DType dtype_of_file(const Checkpoint& checkpoint) {
   std::map<std::string, int64_t> bytes;
   for (const std::string& name : checkpoint.names()) {
+    if (name.find(".weight.") != std::string::npos) continue;  // scales of a quantised one
     const SafetensorsEntry& entry = checkpoint.entry(name);
-    bytes[entry.dtype] += entry.end - entry.begin;
+    if (entry.dtype != "U8") bytes[entry.dtype] += entry.end - entry.begin;
   }
   const auto most = std::max_element(bytes.begin(), bytes.end(),
                                      [](auto& a, auto& b) { return a.second < b.second; });
@@ -184,8 +191,21 @@ DType kept_dtype(DType stored, DType compute) { return compute == DType::F32 ? s
 // Gives every parameter of the model its tensor from the checkpoint.
 class Loader : public Visitor {
  public:
-  Loader(const std::string& directory, const Checkpoint& checkpoint, DType compute, Device device)
-      : directory_(directory), checkpoint_(checkpoint), compute_(compute), device_(device) {}
+  Loader(const std::string& directory, const Checkpoint& checkpoint, DType compute, Device device,
+         const Quantisation& quantisation)
+      : directory_(directory),
+        checkpoint_(checkpoint),
+        compute_(compute),
+        device_(device),
+        quantisation_(quantisation) {
+    files_.has = [this](const std::string& name) { return checkpoint_.file_of(name) != nullptr; };
+    files_.tensor = [this](const std::string& name) { return checkpoint_.tensor(name); };
+    files_.path = [this](const std::string& name) { return checkpoint_.file_of(name)->path(); };
+  }
+
+  void linear(const std::string& name, Linear&) override {
+    if (name != "lm_head") quantisable_ = name + ".weight";
+  }
 
   // First pass: names, shapes, dtypes; nothing is read or allocated before all are right.
   void parameter(const std::string& name, Variable& value) override {
@@ -196,6 +216,7 @@ class Loader : public Visitor {
     CHECK(checkpoint_.file_of(stored), directory_, ": tensor '", name,
           "' is missing from the weights (", checkpoint_.names().size(), " tensors)",
           name == "lm_head.weight" ? "; should config.json have tie_word_embeddings: true?" : "");
+    if (BitsandbytesWeight::is_there(files_, stored)) return plan_quantised(name, stored, value);
     const SafetensorsEntry& entry = checkpoint_.entry(stored);
     const std::string& path = checkpoint_.file_of(stored)->path();
     CHECK(entry.dtype == "F32" || entry.dtype == "BF16" || entry.dtype == "F16", path, ": tensor '",
@@ -210,9 +231,13 @@ class Loader : public Visitor {
     const DType from = entry.dtype == "F32"    ? DType::F32
                        : entry.dtype == "BF16" ? DType::BF16
                                                : DType::F16;
-    if (const DType kept = kept_dtype(from, compute_); kept != from)
+    const bool quantise = quantisation_.load_in_4bit && name == quantisable_;
+    if (quantise)
+      copied_bytes_ += nf4_bytes(shape.num_elements(),
+                                 quantisation_.double_quant ? DType::NF4 : DType::NF4Single);
+    else if (const DType kept = kept_dtype(from, compute_); kept != from)
       copied_bytes_ += shape.num_elements() * dtype_size(kept);
-    planned_.push_back({stored, &value});
+    planned_.push_back({stored, &value, quantise, nullptr});
     used_.insert(stored);
   }
 
@@ -228,13 +253,26 @@ class Loader : public Visitor {
 
   void fill() const {
     if (device_ == Device::CPU && copied_bytes_ > 0)
-      check_memory(copied_bytes_, concat(directory_, ": weights in ", dtype_name(compute_)),
+      check_memory(copied_bytes_,
+                   concat(directory_, ": weights in ",
+                          dtype_name(quantisation_.load_in_4bit ? DType::NF4 : compute_)),
                    "the dtype of the file is used in place");
-    for (const auto& [stored, value] : planned_) {
+    for (const auto& [stored, value, quantise, quantised] : planned_) {
+      if (quantised) {
+        value->set_value(quantised->load().to(device_, Scope::Weights));
+        checkpoint_.forget(stored);
+        continue;
+      }
       const Tensor tensor = checkpoint_.tensor(stored);
       CHECK(all_finite(tensor), checkpoint_.file_of(stored)->path(), ": tensor '", stored,
             "' holds NaN or infinity; the file is damaged, download it again");
       const DType kept = kept_dtype(tensor.dtype(), compute_);
+      if (quantise) {  // one weight at a time is dense
+        value->set_value(nf4_quantise(tensor.to(kept, Scope::Scratch), quantisation_.double_quant)
+                             .to(device_, Scope::Weights));
+        checkpoint_.forget(stored);
+        continue;
+      }
       if (device_ == Device::CPU && kept == tensor.dtype()) {
         value->set_value(tensor);
         continue;
@@ -250,14 +288,30 @@ class Loader : public Visitor {
   void set_tied(bool tied) { tied_ = tied; }
 
  private:
+  void plan_quantised(const std::string& name, const std::string& stored, Variable& value) {
+    CHECK(name == quantisable_, files_.path(stored), ": tensor '", name,
+          "' is NF4, which is supported for linear layers other than lm_head alone");
+    planned_.push_back(
+        {stored, &value, false,
+         std::make_shared<BitsandbytesWeight>(files_, stored, value.value().shape())});
+    const BitsandbytesWeight& weight = *planned_.back().quantised;
+    used_.insert(weight.parts().begin(), weight.parts().end());
+    copied_bytes_ += weight.num_bytes();
+  }
+
   struct Planned {
     std::string stored;
     Variable* value;
+    bool quantise;
+    std::shared_ptr<const BitsandbytesWeight> quantised;  // null: the file's weight is dense
   };
   const std::string& directory_;
   const Checkpoint& checkpoint_;
   DType compute_;
   Device device_;
+  Quantisation quantisation_;
+  BitsandbytesWeight::Files files_;
+  std::string quantisable_;  // the name of the weight of the linear layer visited last
   bool tied_ = false;
   int64_t copied_bytes_ = 0;
   std::vector<Planned> planned_;
@@ -267,7 +321,7 @@ class Loader : public Visitor {
 }  // namespace
 
 std::unique_ptr<Decoder> load_model(const std::string& directory, std::optional<DType> dtype,
-                                    Device device) {
+                                    Device device, const Quantisation& quantisation) {
   CHECK(fs::is_directory(directory), directory, ": not a directory; wanted that of a model");
   ModelConfig config = ModelConfig::load(directory);
   const Checkpoint checkpoint(directory);
@@ -281,13 +335,15 @@ std::unique_ptr<Decoder> load_model(const std::string& directory, std::optional<
     config.tie_word_embeddings = false;
 
   auto model = std::make_unique<Decoder>(config, compute, device);
-  Loader loader(directory, checkpoint, compute, device);
+  Loader loader(directory, checkpoint, compute, device, quantisation);
   loader.set_tied(config.tie_word_embeddings);
   model->visit("", loader);
   loader.check_left_over();
-  loader.fill();
+  // It maps the files once more, for a moment: now, while nothing else is in memory.
   model->fingerprint = fingerprint_of(directory);
+  loader.fill();
   allocator_of(Device::Meta).release_cached();  // the address space of the placeholders
+  allocator_of(Device::CPU).release_cached();   // what quantising took
   return model;
 }
 

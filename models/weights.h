@@ -5,7 +5,7 @@
 #include <optional>
 #include <string>
 
-#include "models/decoder.h"
+#include "models/nf4_weights.h"
 #include "tensor/safetensors.h"
 
 namespace graft {
@@ -20,10 +20,13 @@ std::string resolve_model(const std::string& model);
 // memory; asked for another dtype, weights are rounded once.
 //   dtype: F32 or BF16; unset: the file's (F16: F32)
 //   device: on the GPU weights are a copy, in the dtype that is computed in
+//   quantisation: linear layers are quantised one after the other, from what they would be without
+//     it; weights that bitsandbytes has quantised to NF4 stay as they are in any case
 // Every tensor must have the shape that the config implies; NaN and infinity are refused; a missing
 // or left-over tensor is named.
 std::unique_ptr<Decoder> load_model(const std::string& directory, std::optional<DType> dtype = {},
-                                    Device device = Device::CPU);
+                                    Device device = Device::CPU,
+                                    const Quantisation& quantisation = {});
 
 // Copies weights that are kept in another dtype than the model computes in (a BF16 or F16 file in
 // F32) into that dtype. For full training, where they are to be changed by less than their own
