@@ -254,6 +254,24 @@ TEST_F(Options, MethodDoraAndUseDoraAreOne) {
   EXPECT_EQ(result_keys(flags({write(resolved_yaml(method))})), result_keys(method));
 }
 
+TEST_F(Options, OfQuantisationAreThoseOfBitsAndBytesConfig) {
+  const std::string start = "model: m\ndata: a.txt\noutput_dir: out\n";
+  TrainOptions o = read(start + "method: qlora\noptim: adamw_8bit\n");
+  EXPECT_EQ(o.method, TrainOptions::Method::Qlora);
+  EXPECT_EQ(o.optim, TrainOptions::Optimizer::AdamW8bit);
+  EXPECT_TRUE(o.bnb_4bit_use_double_quant);
+  EXPECT_NO_THROW(validate(o));
+  o = read(start + "method: qlora\nbnb_4bit_quant_type: nf4\nbnb_4bit_use_double_quant: false\n");
+  EXPECT_FALSE(o.bnb_4bit_use_double_quant);
+  EXPECT_NO_THROW(validate(o));
+  EXPECT_FALSE(read(resolved_yaml(o)).bnb_4bit_use_double_quant);
+  EXPECT_EQ(error("bnb_4bit_quant_type: fp4\n"),
+            ":1: bnb_4bit_quant_type: got 'fp4', expected nf4");
+  // They are written, and given, where they say something.
+  EXPECT_THROW(validate(read(start + "bnb_4bit_use_double_quant: true\n")), Error);
+  EXPECT_EQ(resolved_yaml(read(start)).find("bnb_4bit"), std::string::npos);
+}
+
 TEST_F(Options, ContradictionsAreRefused) {
   TrainOptions good;
   good.model = "m";

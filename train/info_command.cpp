@@ -60,7 +60,7 @@ void print_modules(const MemoryPlan& plan) {
                 (long long)row.r, row.scaling, (long long)row.parameters);
 }
 
-void print_memory(const MemoryPlan& plan, const TrainOptions& options) {
+void print_memory(const MemoryPlan& plan, const TrainOptions& options, const ModelConfig& config) {
   const auto row = [](const char* name, int64_t bytes, const char* note) {
     if (bytes) std::printf("  %-16s %10.1f MiB  %s\n", name, double(bytes) / (1 << 20), note);
   };
@@ -69,7 +69,8 @@ void print_memory(const MemoryPlan& plan, const TrainOptions& options) {
               options.gradient_checkpointing ? ", gradient checkpointing" : "");
   row("weights, mapped", plan.mapped_weights,
       "in place in the file: page cache, shared between runs");
-  row("weights", plan.weights, "");
+  const bool nf4 = is_quantised(options.method) || config.nf4;
+  row("weights", plan.weights, nf4 ? "linear layers in NF4" : "");
   row(options.method == TrainOptions::Method::Full ? "master copy" : "adapters", plan.adapters,
       "F32");
   row("optimizer", plan.optimizer, "gradient, m, v");
@@ -115,7 +116,7 @@ int info_command(int argc, char** argv) {
   std::printf("%s\n",
               trainable_parameters_line(plan.trainable_parameters, plan.all_parameters).c_str());
   if (!plan.targets.empty()) print_modules(plan);
-  print_memory(plan, options);
+  print_memory(plan, options, config);
   return 0;
 }
 

@@ -25,6 +25,20 @@ PackedBatch full_batch(const TrainOptions& options) {
   return pack(rows, rows);
 }
 
+// Of the weights that quantise_model takes.
+struct LinearWeights {
+  int64_t elements = 0, bytes = 0;
+};
+LinearWeights linear_weights(Decoder& model) {
+  LinearWeights sum;
+  for (const auto& [name, linear] : linear_layers(model)) {
+    if (name == "lm_head") continue;
+    sum.elements += linear->weight.value().num_elements();
+    sum.bytes += linear->weight.value().num_bytes();
+  }
+  return sum;
+}
+
 }  // namespace
 
 MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, DType file_dtype) {
@@ -36,6 +50,12 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
   const int64_t live_before = meta.stats().live_total;
 
   auto model = random_model(config, dtype, 0, 0.02, Device::Meta);
+  LinearWeights nf4;
+  if (is_quantised(options.method) || config.nf4) {
+    quantise_model(*model,
+                   config.nf4 ? config.nf4_double_quant : options.bnb_4bit_use_double_quant);
+    nf4 = linear_weights(*model);
+  }
   const int64_t weight_bytes = meta.stats().live_total - live_before;
   meta.release_cached();  // what building the weights took for a moment is not part of training
   const int64_t reserved_before = meta.stats().reserved;
@@ -43,7 +63,7 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
   // Weights are used where the file has them, unless another dtype was asked for or they are
   // trained. F16 is as wide as BF16 on disk and stays as it is.
   const bool in_place = !full && (!options.dtype || *options.dtype == file_dtype);
-  plan.mapped_weights = in_place ? base_parameters * dtype_size(file_dtype) : 0;
+  plan.mapped_weights = in_place ? (base_parameters - nf4.elements) * dtype_size(file_dtype) : 0;
 
   LoraConfig lora = options.lora;
   lora.use_dora = uses_dora(options);
@@ -58,7 +78,7 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
   }
   plan.all_parameters = base_parameters + (full ? 0 : plan.trainable_parameters);
 
-  ParameterBuffer parameters(leaves, Device::Meta, Scope::Adapters);
+  ParameterBuffer parameters(leaves, Device::Meta, Scope::Adapters, moments_of(options));
   ForwardContext context;
   context.training = true;
   const PackedBatch batch = full_batch(options);
@@ -67,7 +87,7 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
 
   const MemoryStats stats = meta.stats();
   const int threads = options.threads ? int(options.threads) : thread_pool().num_threads();
-  plan.weights = in_place ? 0 : weight_bytes;
+  plan.weights = in_place ? nf4.bytes : weight_bytes;
   plan.adapters = stats.peak[int(Scope::Adapters)];
   plan.optimizer = stats.peak[int(Scope::Optimizer)];
   plan.activations = stats.peak[int(Scope::Activations)];

@@ -16,7 +16,7 @@ struct MemoryPlan {
   int64_t tokens = 0;  // of the micro-batch that was planned for
   int64_t mapped_weights =
       0;                    // bytes of the file, used in place: page cache, shared, not anonymous
-  int64_t weights = 0;      // bytes of weights of our own (another dtype, full fine-tuning)
+  int64_t weights = 0;      // bytes of weights of our own (another dtype, NF4, full fine-tuning)
   int64_t adapters = 0;     // F32 master copy of what is trained
   int64_t optimizer = 0;    // its gradient, m and v
   int64_t activations = 0;  // the most that is live at once, gradients of activations included

@@ -134,11 +134,16 @@ Row method_row() {
   using Method = TrainOptions::Method;
   Row made = choice<decltype(at(&TrainOptions::method)), Method>(
       Group::Run, "method", at(&TrainOptions::method),
-      {{"lora", Method::Lora}, {"dora", Method::Dora}, {"full", Method::Full}},
-      "train an adapter, one that also learns the length of each weight row (DoRA), or all "
-      "weights");
+      {{"lora", Method::Lora},
+       {"dora", Method::Dora},
+       {"qlora", Method::Qlora},
+       {"qdora", Method::Qdora},
+       {"full", Method::Full}},
+      "train an adapter, one that also learns the length of each weight row (dora), either on a "
+      "base in NF4 (qlora, qdora), or all weights");
   made.key.write = [write = made.key.write](const TrainOptions& o) {
-    return uses_dora(o) ? Json("dora") : write(o);
+    if (!uses_dora(o)) return write(o);
+    return Json(is_quantised(o.method) ? "qdora" : "dora");
   };
   return made;
 }
@@ -153,6 +158,11 @@ std::vector<Row> run_rows() {
       text(g, "output_dir", at(&O::output_dir), "a directory", "where the adapter goes")
           .keeps_result(),
       method_row(),
+      choice<decltype(at(&O::bnb_4bit_quant_type)), std::string>(
+          g, "bnb_4bit_quant_type", at(&O::bnb_4bit_quant_type), {{"nf4", "nf4"}},
+          "method qlora: what linear layers are quantised to"),
+      boolean(g, "bnb_4bit_use_double_quant", at(&O::bnb_4bit_use_double_quant),
+              "method qlora: quantise the scales too"),
       text(g, "adapter", at(&O::adapter), "a directory", "start from this adapter").keeps_result(),
       text_list(g, "base_adapters", at(&O::base_adapters), "directories, or DIR:WEIGHT",
                 "frozen adapters on the base, on top of which the trained one learns")
@@ -203,6 +213,10 @@ std::vector<Row> optimizer_rows() {
   using S = Schedule::Type;
   constexpr Group g = Group::Optimizer;
   return {
+      choice<decltype(at(&O::optim)), O::Optimizer>(
+          g, "optim", at(&O::optim),
+          {{"adamw_torch", O::Optimizer::AdamW}, {"adamw_8bit", O::Optimizer::AdamW8bit}},
+          "AdamW with its state in float32, or in 8 bits with a scale for 256"),
       number(g, "learning_rate", at(&O::learning_rate), kNotNegative,
              "the highest of the schedule"),
       number(g, "num_epochs", at(&O::num_epochs), kEpochs, "passes over the data")

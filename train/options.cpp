@@ -258,6 +258,9 @@ CommandLine apply_flags(TrainOptions& options, const cxxopts::ParseResult& parse
   return rest;
 }
 
+// Keys that say nothing where the base is not quantised.
+bool is_of_quantisation(const std::string& name) { return name.rfind("bnb_4bit_", 0) == 0; }
+
 std::string absolute(const std::string& path) {
   return path.empty() ? path : fs::absolute(path).lexically_normal().string();
 }
@@ -356,6 +359,18 @@ void validate(const TrainOptions& options) {
         "train: adapter is given with method full; it needs method lora");
   CHECK(!full || options.base_adapters.empty(),
         "train: base_adapters is given with method full; it needs method lora");
+  CHECK(options.method != TrainOptions::Method::Qdora,
+        "train: method qdora is not supported yet; qlora and dora are methods of their own");
+  const bool quantised = is_quantised(options.method);
+  CHECK(
+      !quantised || !options.lora.use_dora,
+      "train: use_dora is given with method qlora; DoRA on a quantised base is not supported yet");
+  for (const std::string& name : options.given)
+    CHECK(quantised || !is_of_quantisation(name), "train: ", name,
+          " is given, but method is not qlora");
+  CHECK(!quantised || options.lora_layout == LoraLayout::Plain,
+        "train: lora_layout is given with method qlora, whose weights cannot be merged; leave it "
+        "out");
   CHECK(full || !options.random_init, "train: random_init needs method full");
   CHECK(!full || options.lora_layout == LoraLayout::Plain,
         "train: lora_layout is given with method full; it needs method lora");
@@ -389,6 +404,7 @@ std::string resolved_yaml(const TrainOptions& options) {
   for (const OptionKey& key : option_keys()) {
     const nlohmann::ordered_json value = key.write(written);
     if (value.is_null() || value == "") continue;
+    if (is_of_quantisation(key.name) && !is_quantised(options.method)) continue;
     // JSON is YAML: what dump() writes needs no other quoting.
     const std::string line = key.name + ": " + value.dump() + "\n";
     if (key.group == Group::Lora)
@@ -403,7 +419,8 @@ std::string resolved_yaml(const TrainOptions& options) {
 std::vector<std::pair<std::string, std::string>> result_keys(const TrainOptions& options) {
   std::vector<std::pair<std::string, std::string>> keys;
   for (const OptionKey& key : option_keys())
-    if (key.changes_result) keys.emplace_back(key.name, key.write(options).dump());
+    if (key.changes_result && (is_quantised(options.method) || !is_of_quantisation(key.name)))
+      keys.emplace_back(key.name, key.write(options).dump());
   return keys;
 }
 

@@ -17,7 +17,8 @@ namespace graft {
 
 // Members carry the names of the keys, which are those of the transformers Trainer and of PEFT.
 struct TrainOptions {
-  enum class Method { Lora, Dora, Full };
+  enum class Method { Lora, Dora, Qlora, Qdora, Full };
+  enum class Optimizer { AdamW, AdamW8bit };
   enum class DeviceChoice { Auto, Cpu, Cuda };
 
   std::string model;  // where to load from: a directory, or a hub id
@@ -30,6 +31,11 @@ struct TrainOptions {
   Method method = Method::Lora;
   bool random_init = false;  // random base weights: only config.json is read (method full)
 
+  // method qlora: transformers' BitsAndBytesConfig, of which NF4 is built.
+  std::string bnb_4bit_quant_type = "nf4";
+  bool bnb_4bit_use_double_quant = true;
+
+  Optimizer optim = Optimizer::AdamW;
   double learning_rate = 2e-4;
   double num_epochs = 1;
   int64_t max_steps = 0;  // 0: num_epochs decides
@@ -65,6 +71,11 @@ struct TrainOptions {
 
   std::set<std::string> given;  // keys that a file or a flag named
 };
+
+// Whether the method quantises the base.
+inline bool is_quantised(TrainOptions::Method method) {
+  return method == TrainOptions::Method::Qlora || method == TrainOptions::Method::Qdora;
+}
 
 // Reads the YAML file at `path`. Relative paths in it are relative to its folder. Throws Error
 // "<file>:<line>: <key>: got ..., expected ..." for an unknown, doubled or ill-typed key.

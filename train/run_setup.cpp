@@ -135,6 +135,10 @@ void check_token_ids(const TrainData& data, const ModelConfig& config) {
               " tokens; tokenizer.json and config.json do not belong together");
 }
 
+Quantisation quantisation_of(const TrainOptions& options) {
+  return {is_quantised(options.method), options.bnb_4bit_use_double_quant};
+}
+
 std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string& model_dir,
                                        Device device) {
   std::unique_ptr<Decoder> model;
@@ -145,9 +149,15 @@ std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string&
     const double range = read_json(model_dir + "/config.json").value("initializer_range", 0.02);
     model = random_model(config, dtype, options.seed, range, device);
   } else {
-    model = load_model(model_dir, options.dtype, device);
+    model = load_model(model_dir, options.dtype, device, quantisation_of(options));
   }
   if (!is_full(options)) options.lora.use_dora = uses_dora(options);
+  const bool nf4 = has_nf4_weights(*model);
+  CHECK(!is_full(options) || !nf4, "train: the weights of ", model_dir,
+        " are NF4, which method full cannot train; take the unquantised model, or method qlora");
+  CHECK(!nf4 || options.lora_layout == LoraLayout::Plain,
+        "train: lora_layout is given, but the weights of ", model_dir,
+        " are NF4 and cannot be merged; leave it out");
   if (is_full(options))
     widen_weights(*model);
   else if (options.adapter.empty())

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "models/decoder.h"
+#include "models/nf4_weights.h"
 #include "nn/parameter_buffer.h"
 #include "train/finetune.h"
 
@@ -22,10 +22,19 @@ TrainData load_data(const TrainOptions& options, const std::string& model_dir);
 // Throws Error for a token id that the model does not have.
 void check_token_ids(const TrainData& data, const ModelConfig& config);
 
+// What load_model is to quantise for these options.
+Quantisation quantisation_of(const TrainOptions& options);
+
 // The base with what is to be trained: a fresh adapter, the one of options.adapter, or all weights.
 // Writes back into the options what was decided here: dtype, and the adapter's LoraConfig.
 std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string& model_dir,
                                        Device device);
+
+// How AdamW keeps its state.
+inline ParameterBuffer::Moments moments_of(const TrainOptions& options) {
+  return options.optim == TrainOptions::Optimizer::AdamW8bit ? ParameterBuffer::Moments::Bits8
+                                                             : ParameterBuffer::Moments::F32;
+}
 
 // The trained leaves in model order, with their names; requires_grad is set on all of them.
 std::vector<std::pair<std::string, Variable>> trained_leaves(Decoder& model,

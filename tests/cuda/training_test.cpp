@@ -121,6 +121,19 @@ TEST_F(CudaTraining, GraphsGiveTheSameBytesWithDora) {
   expect_same_with_graphs(o, "adapter_model.safetensors");
 }
 
+TEST_F(CudaTraining, GraphsGiveTheSameBytesWithNf4WeightsAndStateIn8Bits) {
+  for (const DType dtype : {DType::F32, DType::BF16}) {
+    TrainOptions o = options("", 7);
+    o.method = TrainOptions::Method::Qlora;
+    o.optim = TrainOptions::Optimizer::AdamW8bit;
+    o.dtype = dtype;
+    o.lora.r = 128;  // leaves large enough for 8 bits
+    expect_same_with_graphs(o, "adapter_model.safetensors");
+    std::filesystem::remove_all(path("plain"));
+    std::filesystem::remove_all(path("graphs"));
+  }
+}
+
 TEST_F(CudaTraining, GraphsGiveTheSameBytesForAllWeights) {
   TrainOptions o = options("", 7);
   o.method = TrainOptions::Method::Full;

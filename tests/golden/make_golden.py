@@ -5,8 +5,8 @@ import importlib
 import os
 import sys
 
-PARTS = ("models", "adapters", "targets", "trajectories", "dropout", "dora", "stacks", "schedules",
-         "sampling")
+PARTS = ("models", "adapters", "targets", "trajectories", "qlora", "nf4", "dropout", "dora", "stacks",
+         "schedules", "sampling")
 
 
 def main():
