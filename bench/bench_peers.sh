@@ -2,7 +2,7 @@
 # make bench-peers: the same training step in graft and in PEFT, in turn, several rounds in one run, medians.
 # Qwen2.5-0.5B's shape, random weights, LoRA r 16 on the seven projections, no dropout.
 #   ROUNDS=3 STEPS=3 THREADS=0 COMPILE=0   COMPILE=1 adds torch.compile, two minutes to its first step
-#   CASES="float32:512 bfloat16:512 bfloat16:2048"   SETTINGS="default tuned"   KEEP=1 adds to the last run's log
+#   CASES="float32:512 bfloat16:512 bfloat16:2048" also bfloat16:512:qlora, against bitsandbytes   SETTINGS="default tuned"   KEEP=1 adds to the last run's log
 #   PEERS_PYTHON=path/to/python             an environment that has torch, transformers and peft; else one is made
 set -eu
 step=$1
@@ -37,8 +37,8 @@ tuned() {  # glibc told to keep memory instead of giving it back: the fastest se
 for round in $(seq "$rounds"); do
   echo "round $round of $rounds" >&2
   for case in ${CASES:-float32:512 bfloat16:512 bfloat16:2048}; do
-    dtype=${case%:*}
-    common="$work/$dtype --dtype $dtype --seq ${case#*:} --steps $steps --threads $threads"
+    IFS=: read -r dtype seq method <<<"$case"
+    common="$work/$dtype --dtype $dtype --seq $seq --steps $steps --threads $threads --method ${method:-lora}"
     run "$step" $common
     case " $settings " in *" default "*) run "$python" bench/peft_step.py $common ;; esac
     case " $settings " in *" tuned "*) tuned "$python" bench/peft_step.py $common ;; esac

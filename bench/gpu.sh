@@ -6,6 +6,7 @@
 #   OUT=bench/results    where <gpu>.json goes     LOG=build/gpu    where all output goes
 #   LIMIT=520            seconds for each part     COMMIT=...       what is recorded beside the numbers
 #   PEERS_PYTHON=python3 COMPILE=0 ROUNDS=2        the comparison with PEFT
+#   METHODS="lora dora qlora" of the step
 #   MODELS="qwen3-4b ..." SEQUENCE=2048 BENCH_ARGS="--sustained 60" STEP_ARGS="--steps 7"    other shapes
 # Exit status: 0, 1 where something failed, 2 where there is no usable GPU.
 set -u
@@ -18,6 +19,7 @@ python=${PEERS_PYTHON:-python3}
 commit=${COMMIT:-$(git describe --always --dirty 2>/dev/null)}
 date=$(date -u +%F)
 models=${MODELS:-qwen2.5-0.5b qwen3-0.6b qwen3-4b llama-3.1-8b}
+methods=${METHODS:-lora dora qlora}
 sequence=${SEQUENCE:-2048}
 failed=0
 
@@ -125,8 +127,8 @@ graft_step() {  # MODEL BATCH METHOD: without checkpointing, and with it where m
   failed=1
 }
 part_step() {
-  for batch in 8 1; do
-    for method in lora dora; do
+  for method in $methods; do
+    for batch in 8 1; do
       for model in $models; do graft_step $model $batch $method; done
     done
   done
@@ -141,17 +143,22 @@ part_peers() {
   local settings="sdpa" setting round command
   "$python" -c 'import flash_attn' 2>/dev/null && settings="sdpa flash_attention_2"
   for round in $(seq "${ROUNDS:-2}"); do
-    for batch in 8 1; do
-      for model in $models; do
-        [ $((end - SECONDS)) -gt 60 ] || { echo "no time left from round $round, $model, batch $batch on"; return; }
-        graft_step $model $batch lora
-        command="$python bench/peft_step.py bench/models/$model.json --device cuda --seq $sequence --batch $batch --steps 5"
-        for setting in $settings; do
-          step_row 90 $command --attn $setting
-          if [ "${COMPILE:-0}" = 1 ]; then step_row 200 $command --attn $setting --compile; fi
+    for method in $methods; do
+      if [ "$method" = qlora ] && ! "$python" -c 'import bitsandbytes' 2>/dev/null; then
+        echo "no comparison of qlora: $python has no bitsandbytes"
+        continue
+      fi
+      for batch in 8 1; do
+        for model in $models; do
+          [ $((end - SECONDS)) -gt 60 ] || { echo "no time left from round $round, $model, $method, batch $batch on"; return; }
+          graft_step $model $batch $method
+          command="$python bench/peft_step.py bench/models/$model.json --device cuda --seq $sequence --batch $batch --method $method --steps 5"
+          for setting in $settings; do
+            [ $method = lora ] || [ $setting = sdpa ] || continue
+            step_row 90 $command --attn $setting
+            if [ "${COMPILE:-0}" = 1 ]; then step_row 200 $command --attn $setting --compile; fi
+          done
         done
-        graft_step $model $batch dora
-        step_row 90 $command --method dora
       done
     done
   done

@@ -1,7 +1,7 @@
 """The peer of train_step: one LoRA training step with PEFT, on the CPU or a GPU. Prints one line of JSON.
 
     peft_step.py MODEL --device cpu --dtype bfloat16 --seq 512 --batch 1 --rank 16 --steps 4 --threads 2
-                 [--attn sdpa|flash_attention_2] [--compile] [--checkpoint] [--method lora|dora]
+                 [--attn sdpa|flash_attention_2] [--compile] [--checkpoint] [--method lora|qlora|dora]
 
 MODEL is a directory, or a config.json: then weights are random, made on the device.
 """
@@ -31,7 +31,7 @@ parser.add_argument("--rank", type=int, default=16)
 parser.add_argument("--steps", type=int, default=4)
 parser.add_argument("--threads", type=int, default=0)
 parser.add_argument("--attn", default="sdpa")
-parser.add_argument("--method", default="lora", choices=["lora", "dora"])
+parser.add_argument("--method", default="lora", choices=["lora", "qlora", "dora"])
 parser.add_argument("--compile", action="store_true")
 parser.add_argument("--checkpoint", action="store_true")
 args = parser.parse_args()
@@ -50,13 +50,38 @@ row = {"who": "peft" + ("" if args.attn == "sdpa" else "+" + args.attn) + ("+com
        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"}
 
 
+def quantised(model):
+    """Linear layers but lm_head as Linear4bit: what from_pretrained with BitsAndBytesConfig gives."""
+    import bitsandbytes as bnb
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+            continue
+        with torch.device("meta"):
+            linear = bnb.nn.Linear4bit(module.in_features, module.out_features, module.bias is not None,
+                                       compute_dtype=getattr(torch, args.dtype), compress_statistics=True,
+                                       quant_type="nf4")
+        linear.weight = bnb.nn.Params4bit(module.weight.data.cpu(), requires_grad=False, compress_statistics=True,
+                                          quant_type="nf4")
+        linear.bias = module.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear.to(args.device))
+    return model
+
+
 def make_model():
     options = {"dtype": getattr(torch, args.dtype), "attn_implementation": args.attn}
     with torch.device(args.device) if on_gpu else contextlib.nullcontext():
         if args.model.endswith(".json"):
             config = transformers.AutoConfig.from_pretrained(args.model)
             model = transformers.AutoModelForCausalLM.from_config(config, **options)
+            if args.method == "qlora":
+                model = quantised(model)
         else:
+            if args.method == "qlora":
+                options["device_map"] = args.device
+                options["quantization_config"] = transformers.BitsAndBytesConfig(
+                    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                    bnb_4bit_compute_dtype=options["dtype"])
             model = transformers.AutoModelForCausalLM.from_pretrained(args.model, **options)
         model = peft.get_peft_model(model, peft.LoraConfig(
             r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.0, task_type="CAUSAL_LM",

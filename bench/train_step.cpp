@@ -2,7 +2,8 @@
 // gpu.sh compare it with PEFT's: takes random tokens, trains, and prints one line of JSON.
 //   train_step --make CONFIG.json DIR DTYPE     writes a model with random weights
 //   train_step MODEL [--device cpu|cuda] [--dtype bfloat16] [--seq 512] [--batch 1] [--rank 16]
-//              [--steps 4] [--threads 2] [--checkpoint] [--matmul-size 8192] [--method lora|dora]
+//              [--steps 4] [--threads 2] [--checkpoint] [--matmul-size 8192]
+//              [--method lora|qlora|dora] [--optim adamw_torch|adamw_8bit]
 // MODEL is a directory, or a config.json: then weights are random, made on the device.
 #include <unistd.h>
 
@@ -65,10 +66,11 @@ DType dtype_of(const std::string& name) {
 }
 
 struct Arguments {
-  std::string model, dtype = "bfloat16", device = "cpu", method = "lora";
+  std::string model, dtype = "bfloat16", device = "cpu", method = "lora", optim = "adamw_torch";
   int64_t seq = 512, batch = 1, rank = 16, steps = 4, threads = 0, matmul_size = 8192;
   bool checkpoint = false;
   bool on_gpu() const { return device == "cuda"; }
+  bool quantised() const { return method == "qlora"; }
   bool random_weights() const { return model.ends_with(".json"); }
 };
 
@@ -89,6 +91,8 @@ Arguments parse(int argc, char** argv) {
       arguments.device = value;
     else if (key == "--method")
       arguments.method = value;
+    else if (key == "--optim")
+      arguments.optim = value;
     else if (key == "--matmul-size")
       arguments.matmul_size = std::stoll(value);
     else if (key == "--seq")
@@ -106,8 +110,10 @@ Arguments parse(int argc, char** argv) {
   }
   CHECK(arguments.device == "cpu" || arguments.on_gpu(), "--device: got ", arguments.device,
         ", expected cpu or cuda");
-  CHECK(arguments.method == "lora" || arguments.method == "dora", "--method: got ",
-        arguments.method, ", expected lora or dora");
+  CHECK(arguments.method == "lora" || arguments.method == "dora" || arguments.quantised(),
+        "--method: got ", arguments.method, ", expected lora, qlora or dora");
+  CHECK(arguments.optim == "adamw_torch" || arguments.optim == "adamw_8bit", "--optim: got ",
+        arguments.optim, ", expected adamw_torch or adamw_8bit");
   CHECK(arguments.steps > 0, "--steps: got ", arguments.steps, ", wanted 1 or more");
   return arguments;
 }
@@ -124,9 +130,18 @@ void write_model(const std::string& config_path, const std::string& directory,
 std::unique_ptr<Decoder> make_model(const Arguments& arguments) {
   const DType dtype = dtype_of(arguments.dtype);
   if (!arguments.random_weights())
-    return load_model(arguments.model, dtype, arguments.on_gpu() ? Device::CUDA : Device::CPU);
+    return load_model(arguments.model, dtype, arguments.on_gpu() ? Device::CUDA : Device::CPU,
+                      {.load_in_4bit = arguments.quantised(), .double_quant = true});
   const ModelConfig config = ModelConfig::load(arguments.model);
-  return arguments.on_gpu() ? random_gpu_model(config, dtype, 0) : random_model(config, dtype, 0);
+  auto model =
+      arguments.on_gpu() ? random_gpu_model(config, dtype, 0) : random_model(config, dtype, 0);
+  if (!arguments.quantised()) return model;
+  quantise_model(*model, true);
+  if (arguments.on_gpu()) {  // or its peaks would be those of the dense model
+    allocator_of(Device::CUDA).release_cached();
+    allocator_of(Device::CUDA).reset_peak();
+  }
+  return model;
 }
 
 PackedBatch random_batch(const Arguments& arguments, int64_t vocabulary) {
@@ -161,7 +176,9 @@ Measured train(Decoder& model, const Arguments& arguments) {
     for (auto& leaf : adapter_leaves(name, *linear->lora)) leaves.push_back(std::move(leaf));
   }
   ParameterBuffer parameters(leaves, arguments.on_gpu() ? Device::CUDA : Device::CPU,
-                             Scope::Adapters);
+                             Scope::Adapters,
+                             arguments.optim == "adamw_8bit" ? ParameterBuffer::Moments::Bits8
+                                                             : ParameterBuffer::Moments::F32);
   if (lora.use_dora) parameters.on_publish([&] { model.refresh_adapters(); });
   const PackedBatch batch = random_batch(arguments, model.config().vocab_size);
   const double labels = double(arguments.batch * (arguments.seq - 1));
@@ -203,8 +220,9 @@ nlohmann::ordered_json gpu_memory() {
 
 nlohmann::ordered_json description(const Arguments& arguments) {
   return {{"who", "graft"},
-          {"method", arguments.method},
           {"model", std::filesystem::path(arguments.model).stem().string()},
+          {"method", arguments.method},
+          {"optim", arguments.optim},
           {"device", arguments.device},
           {"dtype", arguments.dtype},
           {"seq", arguments.seq},

@@ -81,7 +81,7 @@ TEST_F(GpuScript, RecordsEveryPartWithCommitAndDevice) {
   EXPECT_NE(section("test").find("\"what\": \"cuda_tests\", \"outcome\": \"3 passed, 0 failed, 1"),
             std::string::npos);
   EXPECT_NE(section("test").find("compute-sanitizer"), std::string::npos);
-  for (const char* method : {"lora", "dora"})
+  for (const char* method : {"lora", "dora", "qlora"})
     for (const char* batch : {"8", "1"})
       EXPECT_EQ(count(section("step"),
                       std::string("--seq 2048 --batch ") + batch + " --method " + method + " "),
@@ -99,8 +99,8 @@ TEST_F(GpuScript, TakesGradientCheckpointingWhereMemoryDoesNotSuffice) {
           "  *) echo \"{\\\"args\\\": \\\"$*\\\"}\" ;;\n"
           "esac\n");
   EXPECT_EQ(run("step"), 0) << printed_;
-  EXPECT_EQ(count(section("step"), "out of memory"), 2u);  // of LoRA and of DoRA
-  EXPECT_EQ(count(section("step"), "--checkpoint"), 2u);
+  EXPECT_EQ(count(section("step"), "out of memory"), 3u);  // of each method
+  EXPECT_EQ(count(section("step"), "--checkpoint"), 3u);
 }
 
 TEST_F(GpuScript, EndsWith1WhereSomethingFailed) {

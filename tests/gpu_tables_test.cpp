@@ -39,6 +39,16 @@ TEST(GpuTables, GiveMediansOverTheRoundsAndRatiosOfThem) {
             "| m, 16384 tokens | peft | 2000 | 2.25 |  | 3.0 |\n");
 }
 
+TEST(GpuTables, TellMethodsApart) {
+  Json other = row("graft", 100, true), peer = row("peft", 50, false);
+  other["method"] = peer["method"] = "qlora";
+  const std::string table =
+      step_table(result_with("peers", {row("graft", 6000, true), other, peer}));
+  EXPECT_NE(table.find("| m, 16384 tokens | graft | 6000 |"), std::string::npos) << table;
+  EXPECT_NE(table.find("| m, qlora, 16384 tokens | peft | 50 | 2.00 |"), std::string::npos)
+      << table;
+}
+
 TEST(GpuTables, GiveNoRatioWhereOneOfTheTwoFailed) {
   const std::string ours =
       step_table(result_with("peers", {row("graft", 6000, true), row("peft", 0, false)}));
