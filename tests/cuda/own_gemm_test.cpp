@@ -105,6 +105,13 @@ TEST_F(OwnGemm, IsTheReferencesForEveryTransposeAndEdge) {
     }
 }
 
+// More rows of tiles than a band has, and columns that are whole tiles.
+TEST_F(OwnGemm, ReachesEveryTileOfSeveralBands) {
+  for (const Dtypes& dtypes : kDtypes)
+    for (OwnTiles tiles : {OwnTiles::Small, OwnTiles::Large})
+      check(dtypes, {1160, 256, 5}, 0, 0, 0, tiles);
+}
+
 TEST_F(OwnGemm, SumsInTheSameOrderInTilesOfEverySize) {
   for (int transposed = 0; transposed < 4; ++transposed) {
     const auto run = [&](OwnTiles tiles) {
