@@ -62,7 +62,8 @@ TEST(Nf4, MapsAreThoseOfBitsandbytes) {
 }
 
 TEST(Nf4, CodesAndScalesAreThoseOfBitsandbytes) {
-  for (const auto& one : golden("nf4.json")["cases"]) {
+  const auto file = golden("nf4.json");
+  for (const auto& one : file["cases"]) {
     SCOPED_TRACE(one["shape"].dump() + one["dtype"].dump());
     const Tensor dense = dense_of(one);
     const Tensor tensor = nf4_quantise(dense, true), single = nf4_quantise(dense, false);
@@ -82,7 +83,8 @@ TEST(Nf4, CodesAndScalesAreThoseOfBitsandbytes) {
 }
 
 TEST(Nf4, WidensToWhatBitsandbytesComputesWith) {
-  for (const auto& one : golden("nf4.json")["cases"]) {
+  const auto file = golden("nf4.json");
+  for (const auto& one : file["cases"]) {
     SCOPED_TRACE(one["shape"].dump() + one["dtype"].dump());
     const Tensor tensor = nf4_quantise(dense_of(one), true);
     for (Backend* backend : {&cpu_backend(), &reference_backend()}) {
