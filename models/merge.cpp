@@ -12,6 +12,8 @@
 #include "models/model_files.h"
 #include "models/weights.h"
 #include "tensor/backend.h"
+#include "tensor/nf4.h"
+#include "tensor/thread_pool.h"
 
 namespace graft {
 namespace {
@@ -47,6 +49,44 @@ Tensor merged(const Collect::One& one) {
   return sum;
 }
 
+// got and wanted (out, in), F32. By rows, so that the sums do not depend on the threads.
+void add_distance(Distance& total, const Tensor& got, const Tensor& wanted) {
+  const int64_t rows = wanted.size(0), columns = wanted.size(1);
+  std::vector<Distance> of_rows(size_t(rows), Distance{});
+  thread_pool().run(rows, [&](int64_t row, int) {
+    Distance mine;
+    for (int64_t i = row * columns; i < (row + 1) * columns; ++i) {
+      const double w = wanted.data<float>()[i], difference = std::abs(got.data<float>()[i] - w);
+      mine.largest = std::max(mine.largest, difference);
+      mine.squares += difference * difference;
+      mine.wanted_squares += w * w;
+    }
+    of_rows[size_t(row)] = mine;
+  });
+  for (const Distance& one : of_rows) {
+    total.largest = std::max(total.largest, one.largest);
+    total.squares += one.squares;
+    total.wanted_squares += one.wanted_squares;
+  }
+}
+
+// The weight as the file will have it; what that costs goes to `loss`.
+Tensor merged_nf4(const Collect::One& one, DType dtype, Nf4Loss& loss) {
+  Tensor wide = merged(one);
+  if (is_nf4(wide.dtype())) wide = wide.to(DType::F32, Scope::Scratch);
+  Tensor written = wide.to(dtype, Scope::Scratch);
+  ++loss.weights;
+  loss.bytes_before += one.weight.num_bytes();
+  loss.bytes_after += written.num_bytes();
+  add_distance(loss.rounded, written.to(DType::F32, Scope::Scratch), wide);
+  CHECK(std::isfinite(loss.rounded.squares), "merge: '", one.name, "' has values that ",
+        dtype_name(dtype), " cannot hold; take --dtype float32, or look at the adapters");
+  const bool double_quant = one.weight.dtype() == DType::NF4;
+  const Tensor quantised = nf4_quantise(written, double_quant, Scope::Scratch);
+  add_distance(loss.quantised, quantised.to(DType::F32, Scope::Scratch), wide);
+  return written;
+}
+
 // log sum exp of a row, and the place of its largest.
 struct Row {
   double lse = 0;
@@ -76,9 +116,13 @@ void compare_rows(Certificate& total, std::span<const double> p, std::span<const
 
 }  // namespace
 
-void write_merged(Decoder& base, const std::string& model_dir,
-                  const std::vector<WeightedAdapter>& adapters, DType dtype,
-                  const std::string& folder) {
+double Distance::share() const {
+  return wanted_squares > 0 ? std::sqrt(squares / wanted_squares) : 0;
+}
+
+Nf4Loss write_merged(Decoder& base, const std::string& model_dir,
+                     const std::vector<WeightedAdapter>& adapters, DType dtype,
+                     const std::string& folder) {
   CHECK(dtype == DType::F32 || dtype == DType::BF16 || dtype == DType::F16, "merge: dtype ",
         dtype_name(dtype), ", wanted F32, BF16 or F16");
   Collect collect;
@@ -95,11 +139,16 @@ void write_merged(Decoder& base, const std::string& model_dir,
       CHECK(one, adapter.file.directory, ": '", module.name, "' has no place in this model");
       one->deltas.emplace_back(&module, adapter.weight);
     }
+  Nf4Loss loss;
   std::vector<TensorToMake> tensors;
   for (const Collect::One& one : collect.all)
-    tensors.push_back({one.name, one.weight.shape(), dtype, [&one] { return merged(one); }});
+    tensors.push_back({one.name, one.weight.shape(), dtype, [&one, &loss, dtype] {
+                         return is_nf4(one.weight.dtype()) ? merged_nf4(one, dtype, loss)
+                                                           : merged(one);
+                       }});
   write_shards(folder, std::move(tensors));
   copy_model_files(model_dir, folder, dtype, tied);
+  return loss;
 }
 
 Certificate compare_models(Decoder& wanted, Decoder& got,

@@ -9,14 +9,30 @@
 
 namespace graft {
 
+// How far `got` is from `wanted`: of an element, and of all as a share of the norm of `wanted`.
+struct Distance {
+  double largest = 0;
+  double squares = 0, wanted_squares = 0;
+  double share() const;
+};
+
+// What merging costs weights that the base holds in NF4, which are written dense. Both distances
+// are from the weight widened to F32, with what adapters add.
+struct Nf4Loss {
+  int64_t weights = 0;
+  int64_t bytes_before = 0, bytes_after = 0;
+  Distance rounded;    // of what is in the files
+  Distance quantised;  // of what NF4 would make of it again
+};
+
 // Writes W + sum_i w_i (W'_i - W) of every weight into `folder`, a Hugging Face directory: shards
 // of at most 5 GB, config.json, tokenizer, generation_config. Computed in F32 and rounded once, to
 // `dtype` (F32, BF16 or F16). One weight at a time is in memory beside the mapped base. Where an
 // adapter changes lm_head and embeddings are tied, both are written and config.json says so.
 //   base  on the CPU, from model_dir
-void write_merged(Decoder& base, const std::string& model_dir,
-                  const std::vector<WeightedAdapter>& adapters, DType dtype,
-                  const std::string& folder);
+Nf4Loss write_merged(Decoder& base, const std::string& model_dir,
+                     const std::vector<WeightedAdapter>& adapters, DType dtype,
+                     const std::string& folder);
 
 // How far the logits of two models are apart, over all positions of some text.
 struct Certificate {

@@ -141,6 +141,40 @@ TEST_F(Life, TakesDoraAllTheWay) {
   EXPECT_EQ(ok(kGenerate + "--adapter back"), ok(kGenerate + "--adapter dora_patterns"));
 }
 
+// On a base in NF4, saved so or made so while it is loaded: the merged model is dense, in the
+// embedding's dtype, and what that loses is said.
+TEST_F(Life, MergesIntoANf4Base) {
+  const std::string quantised = "tests/golden/quantised/";
+  fs::copy("tests/golden/trajectories/qlora/final", path("a"));
+  for (const char* name : {"base", "nf4_double"}) {
+    fs::copy(quantised + name, path(name));
+    for (const char* file : {"tokenizer.json", "tokenizer_config.json"})
+      fs::copy(path(std::string("model/") + file), path(name));
+  }
+  const std::string words = " --prompt hello --max-new-tokens 12 --ids --ignore-eos ";
+  const std::string wanted = ok("generate --model nf4_double --adapter a" + words);
+  const std::string told = ok("merge --model nf4_double --adapter a -o saved");
+  for (const char* part : {"certificate over ", "14 weights of the base are NF4; the files have ",
+                           "differ by up to 0, all by 0 %", "quantised to NF4 again"})
+    EXPECT_NE(told.find(part), std::string::npos) << told << part;
+  EXPECT_EQ(ModelConfig::load(path("saved")).dtype, DType::F32);
+  EXPECT_FALSE(ModelConfig::load(path("saved")).nf4);
+  EXPECT_EQ(ok("generate --model saved" + words), wanted);
+
+  const std::string in_4bit = "merge --model base --load-in-4bit --adapter a ";
+  ok(in_4bit + "-o made --dtype float32");
+  EXPECT_EQ(ok("generate --model made" + words), wanted);
+  const std::string narrow = ok(in_4bit + "-o narrow");
+  EXPECT_NE(narrow.find("the files have them in BF16"), std::string::npos) << narrow;
+  EXPECT_EQ(narrow.find("differ by up to 0,"), std::string::npos) << narrow;
+  EXPECT_EQ(ModelConfig::load(path("narrow")).dtype, DType::BF16);
+  EXPECT_EQ(ok("merge --model base --adapter a -o dense").find("NF4"), std::string::npos);
+  EXPECT_NE(read("dense/model.safetensors"), read("narrow/model.safetensors"));
+  refused(in_4bit + "-o out --max-difference 0 --max-kl 0", {"out is not kept"});
+  refused("merge --model base --adapter a -o out --bnb-4bit-use-double-quant false",
+          {"merge: --bnb-4bit-use-double-quant is given without --load-in-4bit"});
+}
+
 TEST_F(Life, ComesBackFromMlxAsItWent) {
   ok("convert --model model --adapter patterns --to mlx -o mlx");
   const Json config = Json::parse(read("mlx/adapter_config.json"));

@@ -8,6 +8,7 @@
 #include "models/adapter_stack.h"
 #include "models/weights.h"
 #include "tensor/backend.h"
+#include "tensor/nf4.h"
 #include "tests/golden_case.h"
 
 namespace graft {
@@ -145,6 +146,102 @@ TEST(Certificate, HasKlAndAgreementOfUnlikeModels) {
   const std::string all = violations(unlike, {});
   for (const char* part : {"logits differ", "KL is", "agrees in"})
     EXPECT_NE(all.find(part), std::string::npos) << all;
+}
+
+// --- a base in NF4 ---
+
+const std::string kQuantised = "tests/golden/quantised/";
+Json nf4_golden() { return golden_json("tests/golden/trajectories/qlora/merged.json"); }
+
+Nf4Loss merge_nf4(Decoder& base, DType dtype, const std::string& folder) {
+  const AdapterFile adapter = read_adapter(nf4_golden()["adapter"]);
+  return write_merged(base, kQuantised + "base", {{adapter, 1}}, dtype, folder);
+}
+
+// Saved by bitsandbytes or quantised on loading, with quantised scales and without: the merged
+// files say what PEFT says of the adapter on bitsandbytes' weights.
+TEST(MergeNf4, GivesTheLogitsOfPeftOnBitsandbytes) {
+  const Json golden = nf4_golden();
+  for (const bool double_quant : {true, false})
+    for (const bool saved : {true, false}) {
+      const auto base =
+          saved ? load_model(kQuantised + (double_quant ? "nf4_double" : "nf4_single"), DType::F32)
+                : load_model(golden["base"], DType::F32, Device::CPU, {true, double_quant});
+      const ScratchFolder scratch;
+      const Nf4Loss loss = merge_nf4(*base, DType::F32, scratch / "m");
+      const auto merged = load_model(scratch / "m");
+      EXPECT_FALSE(has_nf4_weights(*merged));
+      EXPECT_LT(worst_share(logits_of(*merged, golden["input_ids"]),
+                            golden_numbers(golden[double_quant ? "logits" : "logits_single"])),
+                1e-5)
+          << "double " << double_quant << ", saved " << saved;
+      EXPECT_EQ(loss.weights, 14);
+      EXPECT_EQ(loss.rounded.largest, 0);
+      EXPECT_EQ(loss.rounded.share(), 0);
+    }
+}
+
+// What it says of the loss, against the files: those in F32 have what base and adapters are.
+TEST(MergeNf4, SaysWhatTheFilesLose) {
+  const Json golden = nf4_golden();
+  const auto base = load_model(golden["base"], DType::F32, Device::CPU, {true, true});
+  const ScratchFolder scratch;
+  merge_nf4(*base, DType::F32, scratch / "wide");
+  const SafetensorsFile wide(scratch / "wide/model.safetensors");
+  for (const DType dtype : {DType::BF16, DType::F16}) {
+    const std::string folder = scratch / std::string(dtype_name(dtype));
+    const Nf4Loss loss = merge_nf4(*base, dtype, folder);
+    const SafetensorsFile narrow(folder + "/model.safetensors");
+    double largest = 0, squares = 0, again = 0, again_squares = 0, norm = 0;
+    int64_t weights = 0, bytes = 0, nf4 = 0;
+    for (const SafetensorsEntry& entry : narrow.entries()) {
+      if (!entry.name.ends_with("_proj.weight")) continue;
+      ++weights;
+      bytes += entry.end - entry.begin;
+      nf4 += nf4_bytes(entry.shape[0] * entry.shape[1], DType::NF4);
+      const Tensor written = narrow.tensor(entry.name);
+      const auto p = wide.tensor(entry.name).to_doubles(), q = written.to_doubles(),
+                 r = nf4_quantise(written, true).to(DType::F32).to_doubles();
+      for (size_t i = 0; i < p.size(); ++i) {
+        largest = std::max(largest, std::abs(q[i] - p[i]));
+        again = std::max(again, std::abs(r[i] - p[i]));
+        squares += std::pow(q[i] - p[i], 2);
+        again_squares += std::pow(r[i] - p[i], 2);
+        norm += p[i] * p[i];
+      }
+    }
+    EXPECT_EQ(loss.weights, weights);
+    EXPECT_EQ(loss.bytes_after, bytes);
+    EXPECT_EQ(loss.bytes_before, nf4);
+    EXPECT_EQ(loss.rounded.largest, largest);
+    EXPECT_EQ(loss.quantised.largest, again);
+    const double share = std::sqrt(squares / norm), again_share = std::sqrt(again_squares / norm);
+    EXPECT_NEAR(loss.rounded.share(), share, 1e-9 * share);
+    EXPECT_NEAR(loss.quantised.share(), again_share, 1e-9 * again_share);
+    EXPECT_GT(share, 0);
+    EXPECT_GT(again_share, 10 * share);
+  }
+}
+
+TEST(MergeNf4, OfADenseBaseLosesNothingToNf4) {
+  const auto base = load_model(kQuantised + "base", DType::F32);
+  const ScratchFolder scratch;
+  EXPECT_EQ(merge_nf4(*base, DType::BF16, scratch / "m").weights, 0);
+}
+
+TEST(MergeNf4, RefusesWhatTheDtypeCannotHold) {
+  const auto base = load_model(kQuantised + "base", DType::F32, Device::CPU, {true, true});
+  AdapterFile adapter = read_adapter(nf4_golden()["adapter"]);
+  adapter.modules[0].scaling = 1e8;
+  const ScratchFolder scratch;
+  try {
+    write_merged(*base, kQuantised + "base", {{adapter, 1}}, DType::F16, scratch / "m");
+    ADD_FAILURE() << "accepted";
+  } catch (const Error& error) {
+    const std::string what = error.what();
+    EXPECT_NE(what.find("F16 cannot hold; take --dtype float32"), std::string::npos) << what;
+    EXPECT_EQ(what.find('\n'), std::string::npos) << what;
+  }
 }
 
 // An adapter on a tied output head: the head is written by itself and the flag says so.

@@ -58,6 +58,29 @@ AdapterChecks adapter_checks(const cxxopts::ParseResult& args) {
   return checks;
 }
 
+void describe_quantisation_flags(cxxopts::Options& options) {
+  options.add_options()("load-in-4bit",
+                        "quantise the model's linear layers to NF4, as method qlora trains on");
+  options.add_options()("bnb-4bit-use-double-quant",
+                        "with load-in-4bit: quantise the scales too; true (default) or false",
+                        cxxopts::value<std::string>(), "BOOL");
+}
+
+Quantisation quantisation_flags(const std::string& command, const cxxopts::ParseResult& args) {
+  Quantisation quantisation;
+  quantisation.load_in_4bit = args.count("load-in-4bit") > 0;
+  if (!args.count("bnb-4bit-use-double-quant")) return quantisation;
+  const std::string text = args["bnb-4bit-use-double-quant"].as<std::string>();
+  if (text != "true" && text != "false")
+    throw UsageError(
+        concat(command, ": --bnb-4bit-use-double-quant is '", text, "', expected true or false"));
+  if (!quantisation.load_in_4bit)
+    throw UsageError(
+        concat(command, ": --bnb-4bit-use-double-quant is given without ", kLoadIn4bit));
+  quantisation.double_quant = text == "true";
+  return quantisation;
+}
+
 int run_command(const std::string& command, cxxopts::Options& options,
                 const std::vector<std::string>& words,
                 const std::function<int(const cxxopts::ParseResult&)>& run) {

@@ -1,4 +1,5 @@
-// --adapter, which several commands take, and take again: --adapter a --adapter b:0.5.
+// Flags that several commands take: --adapter, which they take again (--adapter a --adapter b:0.5),
+// and in what the base is loaded.
 #pragma once
 
 #include <cxxopts.hpp>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "models/adapter_stack.h"
+#include "models/nf4_weights.h"
 
 namespace graft {
 
@@ -26,6 +28,11 @@ AdapterCommandLine read_adapter_flags(int argc, char** argv, const std::set<std:
 void describe_adapter_flags(cxxopts::Options& options, const std::string& what);
 const std::set<std::string>& adapter_switches();
 AdapterChecks adapter_checks(const cxxopts::ParseResult& args);  // an empty one is refused
+
+// Adds --load-in-4bit, which is a switch, and --bnb-4bit-use-double-quant to the help.
+constexpr const char* kLoadIn4bit = "--load-in-4bit";
+void describe_quantisation_flags(cxxopts::Options& options);
+Quantisation quantisation_flags(const std::string& command, const cxxopts::ParseResult& args);
 
 // Parses and runs; what cxxopts does not like becomes a UsageError that begins with the command's
 // name and, for an unknown flag, names the nearest.

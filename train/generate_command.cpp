@@ -45,11 +45,7 @@ cxxopts::Options describe() {
   options.add_options()("max-new-tokens", "stop after so many", value<std::string>(), "N");
   options.add_options()("dtype", "float32 or bfloat16; default: the file's", value<std::string>(),
                         "TYPE");
-  options.add_options()("load-in-4bit",
-                        "quantise the model's linear layers to NF4, as method qlora trains on");
-  options.add_options()("bnb-4bit-use-double-quant",
-                        "with load-in-4bit: quantise the scales too; true (default) or false",
-                        value<std::string>(), "BOOL");
+  describe_quantisation_flags(options);
   options.add_options()("threads", "default: all that the machine gives", value<std::string>(),
                         "N");
   options.add_options()("device", "auto, cpu or cuda; auto (default): a GPU that can be used",
@@ -104,20 +100,6 @@ std::optional<DType> read_dtype(const std::string& name) {
   throw UsageError(concat("generate: --dtype is '", name, "', expected float32 or bfloat16"));
 }
 
-Quantisation read_quantisation(const cxxopts::ParseResult& args) {
-  Quantisation quantisation;
-  quantisation.load_in_4bit = args.count("load-in-4bit") > 0;
-  if (!args.count("bnb-4bit-use-double-quant")) return quantisation;
-  const std::string text = args["bnb-4bit-use-double-quant"].as<std::string>();
-  if (text != "true" && text != "false")
-    throw UsageError(
-        concat("generate: --bnb-4bit-use-double-quant is '", text, "', expected true or false"));
-  if (!quantisation.load_in_4bit)
-    throw UsageError("generate: --bnb-4bit-use-double-quant is given without --load-in-4bit");
-  quantisation.double_quant = text == "true";
-  return quantisation;
-}
-
 void put(const std::string& text) {
   const size_t written = std::fwrite(text.data(), 1, text.size(), stdout);
   CHECK(written == text.size() && std::fflush(stdout) == 0, "generate: cannot write the output");
@@ -162,7 +144,7 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& adap
     set_num_threads(int(whole("threads", args["threads"].as<std::string>(), 1, 4096)));
   std::optional<DType> dtype;
   if (args.count("dtype")) dtype = read_dtype(args["dtype"].as<std::string>());
-  const Quantisation quantisation = read_quantisation(args);
+  const Quantisation quantisation = quantisation_flags("generate", args);
 
   const Device device = choose_device(
       read_device_choice("generate",
@@ -204,7 +186,7 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& adap
 
 int generate_command(int argc, char** argv) {
   std::set<std::string> switches = adapter_switches();
-  switches.insert({"--ids", "--ignore-eos", "--load-in-4bit"});
+  switches.insert({"--ids", "--ignore-eos", kLoadIn4bit});
   const AdapterCommandLine line = read_adapter_flags(argc, argv, switches);
   cxxopts::Options options = describe();
   return run_command("generate", options, line.words,

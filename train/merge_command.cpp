@@ -45,6 +45,7 @@ cxxopts::Options describe() {
   options.add_options()("o,output-dir", "where the model goes", value<std::string>(), "DIR");
   options.add_options()("dtype", "float32, bfloat16 or float16; default: the base's",
                         value<std::string>(), "TYPE");
+  describe_quantisation_flags(options);
   options.add_options()("text", "file to compare on; default: a page that is built in",
                         value<std::string>(), "FILE");
   options.add_options()("max-tokens", "of the text (default 1024)", value<std::string>(), "N");
@@ -112,6 +113,18 @@ void print_certificate(const Certificate& c) {
       100 * c.agreement);
 }
 
+void print_loss(const Nf4Loss& loss, DType dtype) {
+  const auto mib = [](int64_t bytes) { return double(bytes) / (1 << 20); };
+  const std::string name(dtype_name(dtype));
+  std::printf(
+      "%lld weights of the base are NF4; the files have them in %s, %.4g MiB instead of %.4g:\n"
+      "  from base and adapters         they differ by up to %.3g, all by %.3g %% of their norm\n"
+      "  quantised to NF4 again         they would by up to %.3g, all by %.3g %% of their norm\n",
+      (long long)loss.weights, name.c_str(), mib(loss.bytes_after), mib(loss.bytes_before),
+      loss.rounded.largest, 100 * loss.rounded.share(), loss.quantised.largest,
+      100 * loss.quantised.share());
+}
+
 int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& choices) {
   if (!args.unmatched().empty())
     throw UsageError("merge: unexpected argument '" + args.unmatched()[0] + "'");
@@ -122,7 +135,9 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& choi
   if (name.empty()) throw UsageError("merge: --model DIR is missing");
   const std::string model_dir = resolve_model(name);
   const std::string output = args["output-dir"].as<std::string>();
-  const auto base = load_model(model_dir, DType::F32);  // what the file has, computed in F32
+  // What the file has, or NF4 makes of it, computed in F32.
+  const auto base =
+      load_model(model_dir, DType::F32, Device::CPU, quantisation_flags("merge", args));
   const DType dtype = output_dtype(args, *base);
   const CertificateLimits limits = limits_of(args, dtype);
   const auto rows = rows_of_text(args, model_dir);
@@ -135,10 +150,11 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& choi
     stack.put_on(adapters.back().file, choice.weight, adapter_checks(args));
   }
   DirectoryAside folder(output);
-  write_merged(*base, model_dir, adapters, dtype, folder.aside());
+  const Nf4Loss loss = write_merged(*base, model_dir, adapters, dtype, folder.aside());
   const auto merged = load_model(folder.aside(), DType::F32);
   const Certificate certificate = compare_models(*base, *merged, rows);
   print_certificate(certificate);
+  if (loss.weights > 0) print_loss(loss, dtype);
   const std::string wrong = violations(certificate, limits);
   CHECK(wrong.empty(), "merge: ", output,
         " is not kept, for it is not what base and adapters are: ", wrong);
@@ -150,7 +166,9 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& choi
 }  // namespace
 
 int merge_command(int argc, char** argv) {
-  const AdapterCommandLine line = read_adapter_flags(argc, argv, adapter_switches());
+  std::set<std::string> switches = adapter_switches();
+  switches.insert(kLoadIn4bit);
+  const AdapterCommandLine line = read_adapter_flags(argc, argv, switches);
   cxxopts::Options options = describe();
   return run_command("merge", options, line.words,
                      [&](const cxxopts::ParseResult& args) { return run(args, line.adapters); });

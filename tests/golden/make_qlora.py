@@ -90,6 +90,17 @@ def make_trajectory(base, double_quant):
           f"bf16 {distance(half_final, final)}")
 
 
+def make_merged(base):
+    """What the files of a merge must say: the trained adapter on the quantised base, not merged."""
+    folder = "tests/golden/trajectories/qlora"
+    rows = [ROW, [5, 17, 80, 3, 44, 61, 9]]
+    golden = {"base": base, "adapter": f"{folder}/final", "input_ids": rows}
+    for name, double_quant in (("logits", True), ("logits_single", False)):
+        model = PeftModel.from_pretrained(load_4bit(base, double_quant), f"{folder}/final").train()
+        golden[name] = [logits_of(model, row).tolist() for row in rows]
+    write_json(f"{folder}/merged.json", golden)
+
+
 def main():
     base = make_base("base")
     dense = logits_of(load_model(base), ROW)
@@ -101,6 +112,7 @@ def main():
     make_saved("nf4_double", base, True)
     make_saved("nf4_single", base, False)
     make_trajectory(base, True)
+    make_merged(base)
 
 
 if __name__ == "__main__":
