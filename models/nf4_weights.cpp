@@ -1,6 +1,8 @@
 #include "models/nf4_weights.h"
 
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <nlohmann/json.hpp>
 
 #include "tensor/backend.h"
@@ -20,6 +22,13 @@ bool all_finite(const Tensor& values) {
   return true;
 }
 
+// Scales in 8 bits have scales of their own. Any of the parts tells, lest one that is missing make
+// the others look wrong.
+bool scales_are_quantised(const BitsandbytesWeight::Files& files, const std::string& name) {
+  return files.has(name + ".nested_absmax") || files.has(name + ".nested_quant_map") ||
+         (files.has(name + ".absmax") && files.tensor(name + ".absmax").dtype() == DType::U8);
+}
+
 }  // namespace
 
 bool BitsandbytesWeight::is_there(const Files& files, const std::string& name) {
@@ -29,14 +38,18 @@ bool BitsandbytesWeight::is_there(const Files& files, const std::string& name) {
   const std::string int8 = name.substr(0, name.rfind('.')) + ".SCB";
   CHECK(!files.has(int8), files.has(int8) ? files.path(int8) : "", ": tensor '", name,
         "' is quantised to int8; nf4 is supported, or take the unquantised model");
-  return files.has(name + kState);
+  if (files.has(name + kState)) return true;
+  const std::string absmax = name + ".absmax";
+  CHECK(!files.has(absmax), files.has(absmax) ? files.path(absmax) : "", ": tensor '", name, kState,
+        "' is missing, but '", absmax, "' is there; nf4 is supported, or download the file again");
+  return false;
 }
 
 BitsandbytesWeight::BitsandbytesWeight(const Files& files, const std::string& name, Shape shape)
     : files_(files), name_(name), shape_(shape) {
   const int64_t elements = shape.num_elements(), blocks = divide_up(elements, kNf4Block);
   codes_ = part("", DType::U8, divide_up(elements, 2));
-  nested_ = files.has(name + ".nested_absmax");
+  nested_ = scales_are_quantised(files, name);
   absmax_ = part(".absmax", nested_ ? DType::U8 : DType::F32, blocks);
   const Tensor values = part(".quant_map", DType::F32, 16);
   CHECK(std::memcmp(values.raw(), kNf4Values, sizeof kNf4Values) == 0, files.path(name),
@@ -85,7 +98,10 @@ void BitsandbytesWeight::read_state(const Tensor& text) {
   want("nested_blocksize", kBlock8);
   CHECK(state.contains("nested_offset") && state["nested_offset"].is_number(), where,
         " has no nested_offset");
-  offset_ = state["nested_offset"].get<float>();
+  const double offset = state["nested_offset"].get<double>();
+  CHECK(std::fabs(offset) <= std::numeric_limits<float>::max(), where, " has nested_offset ",
+        offset, ", wanted the mean of the scales; the file is damaged, download it again");
+  offset_ = float(offset);
 }
 
 int64_t BitsandbytesWeight::num_bytes() const {

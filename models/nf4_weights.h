@@ -28,7 +28,8 @@ class BitsandbytesWeight {
     std::function<Tensor(const std::string& name)> tensor;
     std::function<std::string(const std::string& name)> path;  // of the file that holds it
   };
-  // Whether `name` is quantised. Throws Error for what is (int8, fp4) and cannot be read.
+  // Whether `name` is quantised. Throws Error for what is and cannot be read: int8, fp4, or a
+  // weight whose state is missing.
   static bool is_there(const Files& files, const std::string& name);
 
   // Checks all parts against each other and `shape`; an Error is one line with the file and what

@@ -3,6 +3,7 @@
 // file is said in one line.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
@@ -310,10 +311,10 @@ class QuantisedFile : public TinyRun {
   using Tensors = std::map<std::string, Tensor>;
   // The golden checkpoint with its tensors or its config changed: how it is refused.
   void expect_refused(const std::string& part, const std::function<void(Tensors&, Json&)>& change) {
-    const SafetensorsFile file(kDouble + "/model.safetensors");
+    const SafetensorsFile file(from_ + "/model.safetensors");
     Tensors tensors;
     for (const auto& entry : file.entries()) tensors[entry.name] = file.tensor(entry.name).clone();
-    Json config = Json::parse(std::ifstream(kDouble + "/config.json"));
+    Json config = Json::parse(std::ifstream(from_ + "/config.json"));
     change(tensors, config);
     write("bad/config.json", config.dump());
     std::vector<NamedTensor> list;
@@ -329,6 +330,8 @@ class QuantisedFile : public TinyRun {
       EXPECT_NE(what.find(part), std::string::npos) << what;
     }
   }
+  std::string from_ = kDouble;
+
   static Tensor text(const std::string& json) {
     Tensor tensor = Tensor::empty({int64_t(json.size())}, DType::U8);
     std::memcpy(tensor.raw(), json.data(), json.size());
@@ -355,12 +358,38 @@ TEST_F(QuantisedFile, OfWhichAPartIsWrongIsRefusedInOneLine) {
   expect_refused("nested_absmax' has 2 elements", [&](Tensors& t, Json&) {
     t[name + ".nested_absmax"] = Tensor::zeros({2}, DType::F32);
   });
-  expect_refused("is missing, a part of the NF4 weight",
-                 [&](Tensors& t, Json&) { t.erase(name + ".absmax"); });
+  // Each part by its name, and not by what its absence makes of the others.
+  for (const char* suffix : {".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"}) {
+    const std::string part = name + suffix;
+    expect_refused("'" + part + "' is missing, a part of the NF4 weight '" + name + "'",
+                   [&](Tensors& t, Json&) { t.erase(part); });
+    expect_refused("'" + part + "' has the dtype I32", [&](Tensors& t, Json&) {
+      t[part] = Tensor::zeros(t[part].shape(), DType::I32);
+    });
+  }
+  expect_refused("'" + state + "' is missing, but '" + name + ".absmax' is there",
+                 [&](Tensors& t, Json&) { t.erase(state); });
+  expect_refused("'" + name + ".nested_absmax' is missing", [&](Tensors& t, Json&) {
+    t.erase(name + ".nested_absmax");
+    t.erase(name + ".nested_quant_map");
+  });
+  expect_refused("has 15 elements", [&](Tensors& t, Json&) {
+    t[name + ".quant_map"] = Tensor::zeros({15}, DType::F32);
+  });
+  expect_refused("nested_quant_map' has 255 elements", [&](Tensors& t, Json&) {
+    t[name + ".nested_quant_map"] = Tensor::zeros({255}, DType::F32);
+  });
   expect_refused("is not the map of nf4",
                  [&](Tensors& t, Json&) { t[name + ".quant_map"].data<float>()[3] = 0.5f; });
   expect_refused("hold NaN or infinity",
                  [&](Tensors& t, Json&) { t[name + ".nested_absmax"].data<float>()[0] = NAN; });
+  expect_refused("hold NaN or infinity", [&](Tensors& t, Json&) {
+    t[name + ".nested_quant_map"].data<float>()[9] = INFINITY;
+  });
+  expect_refused("has quant_type \"fp4\", wanted \"nf4\"", change_state("quant_type", "fp4"));
+  expect_refused("has blocksize \"64\", wanted 64", change_state("blocksize", "64"));
+  expect_refused("has no nested_offset", change_state("nested_offset", "0.1"));
+  expect_refused("has nested_offset 1e+39", change_state("nested_offset", 1e39));
   expect_refused("has blocksize 128, wanted 64", change_state("blocksize", 128));
   expect_refused("has shape [64,128], wanted [128,64]", change_state("shape", {64, 128}));
   expect_refused("has nested_blocksize 64, wanted 256", change_state("nested_blocksize", 64));
@@ -375,6 +404,48 @@ TEST_F(QuantisedFile, OfWhichAPartIsWrongIsRefusedInOneLine) {
   });
   expect_refused("has no place in the model",
                  [&](Tensors& t, Json&) { t[name + ".more"] = Tensor::zeros({1}, DType::F32); });
+}
+
+TEST_F(QuantisedFile, WithScalesInF32OfWhichAPartIsWrongIsRefusedInOneLine) {
+  from_ = kSingle;
+  const std::string name = "model.layers.0.self_attn.k_proj.weight";
+  expect_refused("absmax' has 33 elements, an NF4 weight of (32, 64) in blocks of 64 wants 32",
+                 [&](Tensors& t, Json&) { t[name + ".absmax"] = Tensor::zeros({33}, DType::F32); });
+  expect_refused("'" + name + ".absmax' is missing",
+                 [&](Tensors& t, Json&) { t.erase(name + ".absmax"); });
+  expect_refused("hold NaN or infinity",
+                 [&](Tensors& t, Json&) { t[name + ".absmax"].data<float>()[31] = INFINITY; });
+  expect_refused("'" + name + ".nested_absmax' is missing",
+                 [&](Tensors& t, Json&) { t[name + ".absmax"] = Tensor::zeros({32}, DType::U8); });
+}
+
+// Commands that were to read such a file: one line, nothing new, and what was there is as it was.
+TEST_F(QuantisedFile, LeavesEverythingAsItWas) {
+  const std::string name = "model.layers.1.mlp.up_proj.weight";
+  expect_refused("has 100 elements",
+                 [&](Tensors& t, Json&) { t[name + ".absmax"] = Tensor::zeros({100}, DType::U8); });
+  for (const char* file : {"tokenizer.json", "tokenizer_config.json"})
+    fs::copy(path(std::string("model/") + file), path("bad"));
+  fs::copy(kTrajectory + "/final", path("a"));
+  write_data("data.jsonl", 8);
+  const auto tree = [&] {
+    std::map<std::string, std::string> bytes;
+    for (const auto& entry : fs::recursive_directory_iterator(folder_))
+      if (const std::string one = fs::relative(entry.path(), folder_); !one.starts_with("std"))
+        bytes[one] = entry.is_directory() ? "" : read(one);
+    return bytes;
+  };
+  const auto before = tree();
+  for (const char* command :
+       {"train --model bad --data data.jsonl --output-dir out --max-steps 1",
+        "merge --model bad --adapter a -o out", "generate --model bad --adapter a --prompt abc"}) {
+    const Outcome outcome = shell(std::string("$GRAFT ") + command);
+    EXPECT_EQ(outcome.status, 1) << command << ": " << outcome.err;
+    EXPECT_EQ(outcome.err.rfind("graft: error: bad/model.safetensors: ", 0), 0u) << outcome.err;
+    EXPECT_NE(outcome.err.find("in blocks of 64 wants 128"), std::string::npos) << outcome.err;
+    EXPECT_EQ(std::count(outcome.err.begin(), outcome.err.end(), '\n'), 1) << outcome.err;
+    EXPECT_EQ(tree(), before) << command;
+  }
 }
 
 TEST_F(QuantisedFile, OfAnotherKindIsRefusedByItsConfig) {
