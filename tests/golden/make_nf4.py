@@ -53,16 +53,20 @@ def nf4_case(shape, dtype, seed):
         "codes": raw(codes).hex() if codes.numel() <= 4096 else None, "codes_fnv": fnv(raw(codes)),
         "absmax_codes": raw(state.absmax).hex(), "scales": raw(state.state2.absmax).hex(),
         "offset": raw(state.offset.reshape(1)).hex(), "absmax_fnv": fnv(raw(single.absmax)),
-        "dense_f32_fnv": fnv(raw(F.dequantize_4bit(codes, state).float() if dtype == "F32" else
-                                 dequantised(codes, state, torch.float32))),
+        "dense_f32_fnv": fnv(raw(dequantised(codes, state, torch.float32))),
         "dense_bf16_fnv": fnv(raw(dequantised(codes, state, torch.bfloat16))),
     }
 
 
 def dequantised(codes, state, dtype):
-    """dequantize_4bit to another dtype than that of the weight: what a compute dtype sees."""
+    """What a compute dtype sees. bitsandbytes' own kernel agrees, but for rows of an odd number of 32s: there 0.50.2
+    takes the scales of other blocks (largest error 0.55 on normal values of (5, 96))."""
     absmax = F.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    return torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, 64, "nf4", state.shape, dtype)
+    code = torch.stack([codes.flatten() >> 4, codes.flatten() & 15], 1).flatten().long()[:state.shape.numel()]
+    dense = (state.code[code] * absmax.repeat_interleave(64)[:len(code)]).reshape(state.shape).to(dtype)
+    theirs = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, 64, "nf4", state.shape, dtype)
+    assert state.shape[-1] % 64 == 32 or torch.equal(dense, theirs)
+    return dense
 
 
 def optimizer_case():
