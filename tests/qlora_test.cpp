@@ -270,8 +270,8 @@ TEST_F(Qlora, PlansForItsWeights) {
   const int64_t linear = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128);
   EXPECT_EQ(dense.mapped_weights - quantised.mapped_weights, linear * 2);
   int64_t bytes = 0;
-  for (const auto& [name, layer] :
-       linear_layers(*load_model(kBase, DType::BF16, Device::CPU, kNf4)))
+  const auto model = load_model(kBase, DType::BF16, Device::CPU, kNf4);
+  for (const auto& [name, layer] : linear_layers(*model))
     if (name != "lm_head") bytes += layer->weight.value().num_bytes();
   EXPECT_EQ(quantised.weights, bytes);
   EXPECT_EQ(quantised.adapters, dense.adapters);
