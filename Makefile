@@ -26,18 +26,20 @@ TEST_PACKAGES  := libgtest-dev libbenchmark-dev libopenblas-dev libboost-context
 CHECK_PACKAGES := clang-format binutils
 PACKAGES       := $(BUILD_PACKAGES) $(TEST_PACKAGES) $(CHECK_PACKAGES)
 
-# --- sources: every folder is read by wildcard; cpu/kernels is compiled once per instruction set ---
+# --- sources: every folder is read by wildcard; cpu/kernels is compiled once per instruction set, for amx the matrix product alone ---
 ISAS         := portable avx2 avx512 avx512_bf16 wide16
 ISA_portable :=
 ISA_avx2     := -mavx2 -mfma -mf16c
 ISA_avx512   := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512
 ISA_avx512_bf16 := $(ISA_avx512) -mavx512bf16
+ISA_amx      := $(ISA_avx512_bf16) -mamx-tile -mamx-bf16
 ISA_wide16   := -mavx2 -mfma -mf16c -Wno-psabi
 
 KERNEL_SRC := $(wildcard tensor/cpu/kernels/*.cpp)
 LIB_SRC    := $(wildcard tensor/*.cpp tensor/cpu/*.cpp tensor/cpu/reference/*.cpp autograd/*.cpp \
                 nn/*.cpp models/*.cpp) $(filter-out train/main.cpp,$(wildcard train/*.cpp))
-KERNEL_OBJ := $(foreach isa,$(ISAS),$(KERNEL_SRC:%.cpp=$(BUILD)/obj/%.$(isa).o))
+KERNEL_OBJ := $(foreach isa,$(ISAS),$(KERNEL_SRC:%.cpp=$(BUILD)/obj/%.$(isa).o)) \
+              $(patsubst %.cpp,$(BUILD)/obj/%.amx.o,$(wildcard tensor/cpu/kernels/gemm_*.cpp))
 LIB_OBJ    := $(LIB_SRC:%.cpp=$(BUILD)/obj/%.o) $(KERNEL_OBJ)
 TEST_SRC   := $(wildcard tests/*.cpp)
 TEST_OBJ   := $(TEST_SRC:%.cpp=$(BUILD)/obj/%.o)
@@ -117,7 +119,7 @@ $$(BUILD)/obj/tensor/cpu/kernels/%.$(1).o: tensor/cpu/kernels/%.cpp
 	@mkdir -p $$(@D)
 	$$(CXX) $$(ALLFLAGS) $$(ISA_$(1)) -DGRAFT_ISA=$(1) -DGRAFT_ISA_$(1) -c -o $$@ $$<
 endef
-$(foreach isa,$(ISAS),$(eval $(call isa_rule,$(isa))))
+$(foreach isa,$(ISAS) amx,$(eval $(call isa_rule,$(isa))))
 
 define emu_rules
 $$(EMU)/$(1)/%.o: %.cpp

@@ -43,8 +43,8 @@ fi
 
 # A weak symbol (an inline function or a template of a library) in an object made for AVX-512 could be the
 # copy that the linker keeps for everybody.
-for object in "$1"/*.avx2.o "$1"/*.avx512.o "$1"/*.avx512_bf16.o "$1"/*.wide16.o; do
-  weak=$(nm -C "$object" | grep -E ' [WVu] ' | grep -vE 'graft::(avx2|avx512|avx512_bf16|wide16)::|__gxx_personality')
+for object in "$1"/*.avx2.o "$1"/*.avx512.o "$1"/*.avx512_bf16.o "$1"/*.amx.o "$1"/*.wide16.o; do
+  weak=$(nm -C "$object" | grep -E ' [WVu] ' | grep -vE 'graft::(avx2|avx512|avx512_bf16|amx|wide16)::|__gxx_personality')
   if [ -n "$weak" ]; then
     echo "$object shares code with other objects:"
     echo "$weak"

@@ -46,7 +46,8 @@ CpuPath last_path_by_kernel_flags() {
   };
   if (!has({"avx2", "fma", "f16c"})) return CpuPath::Portable;
   if (!has({"avx512f", "avx512bw", "avx512dq", "avx512vl"})) return CpuPath::Avx2;
-  return has({"avx512_bf16"}) ? CpuPath::Avx512Bf16 : CpuPath::Avx512;
+  if (!has({"avx512_bf16"})) return CpuPath::Avx512;
+  return has({"amx_tile", "amx_bf16"}) ? CpuPath::Amx : CpuPath::Avx512Bf16;
 }
 
 CpuPath path_by_kernel_flags() {
@@ -83,28 +84,34 @@ TEST(CpuChoice, IsTheBestThatTheKernelReports) {
   EXPECT_EQ(cpu_choice().path, path_by_kernel_flags()) << cpu_choice().reason;
 }
 
-// vdpbf16ps at twice the F32 rate is Zen 4's and Zen 5's; a CPU that has the bit is not enough.
+// Tiles are worth it wherever they are; vdpbf16ps at twice the F32 rate is Zen 4's and Zen 5's; a
+// CPU that has the bit is not enough.
 TEST(CpuChoice, TakesBf16InstructionsOnZen4AndZen5Alone) {
   struct Row {
     const char* vendor;
     int family;
-    bool avx2, avx512, avx512_bf16;
+    bool avx2, avx512, avx512_bf16, amx_bf16;
     CpuPath path, last;
     const char* reason;
   };
   const CpuPath bf16 = CpuPath::Avx512Bf16;
   const Row rows[] = {
-      {"AuthenticAMD", 25, true, true, true, bf16, bf16, "multiplied by vdpbf16ps"},  // Zen 4
-      {"AuthenticAMD", 26, true, true, true, bf16, bf16, "multiplied by vdpbf16ps"},  // Zen 5
-      {"AuthenticAMD", 27, true, true, true, CpuPath::Avx512, bf16, "widened to F32"},
-      {"AuthenticAMD", 25, true, false, false, CpuPath::Avx2, CpuPath::Avx2, "no AVX-512"},
-      {"GenuineIntel", 6, true, true, true, CpuPath::Avx512, bf16, "widened to F32"},
-      {"GenuineIntel", 25, true, true, true, CpuPath::Avx512, bf16, "widened to F32"},
-      {"GenuineIntel", 6, true, true, false, CpuPath::Avx512, CpuPath::Avx512, "AVX-512 F"},
-      {"GenuineIntel", 6, false, false, false, CpuPath::Portable, CpuPath::Portable, "no AVX2"},
+      {"AuthenticAMD", 25, true, true, true, false, bf16, bf16,
+       "multiplied by vdpbf16ps"},  // Zen 4
+      {"AuthenticAMD", 26, true, true, true, false, bf16, bf16,
+       "multiplied by vdpbf16ps"},  // Zen 5
+      {"AuthenticAMD", 27, true, true, true, false, CpuPath::Avx512, bf16, "widened to F32"},
+      {"AuthenticAMD", 25, true, false, false, false, CpuPath::Avx2, CpuPath::Avx2, "no AVX-512"},
+      {"GenuineIntel", 6, true, true, true, false, CpuPath::Avx512, bf16, "widened to F32"},
+      {"GenuineIntel", 25, true, true, true, false, CpuPath::Avx512, bf16, "widened to F32"},
+      {"GenuineIntel", 6, true, true, false, false, CpuPath::Avx512, CpuPath::Avx512, "AVX-512 F"},
+      {"GenuineIntel", 6, true, true, true, true, CpuPath::Amx, CpuPath::Amx, "AMX tiles"},
+      {"GenuineIntel", 6, false, false, false, false, CpuPath::Portable, CpuPath::Portable,
+       "no AVX2"},
   };
   for (const Row& row : rows) {
-    const CpuFeatures f{row.vendor, "", row.family, 17, row.avx2, row.avx512, row.avx512_bf16};
+    const CpuFeatures f{row.vendor, "",         row.family,      17,
+                        row.avx2,   row.avx512, row.avx512_bf16, row.amx_bf16};
     const CpuChoice choice = choose_cpu_path(f);
     EXPECT_EQ(choice.path, row.path) << choice.cpu;
     EXPECT_EQ(last_cpu_path(f), row.last) << choice.cpu;
@@ -130,7 +137,7 @@ TEST_F(CpuChoiceDeathTest, CanBeOverriddenDownwards) {
 }
 
 TEST_F(CpuChoiceDeathTest, RefusesAnOverrideThatTheCpuCannotRun) {
-  for (const CpuPath path : {CpuPath::Avx2, CpuPath::Avx512, CpuPath::Avx512Bf16}) {
+  for (const CpuPath path : {CpuPath::Avx2, CpuPath::Avx512, CpuPath::Avx512Bf16, CpuPath::Amx}) {
     const std::string name(cpu_path_name(path));
     if (path <= last_path_by_kernel_flags())
       EXPECT_EXIT(choose_in_child(name.c_str()), testing::ExitedWithCode(0),
@@ -143,7 +150,7 @@ TEST_F(CpuChoiceDeathTest, RefusesAnOverrideThatTheCpuCannotRun) {
 
 TEST_F(CpuChoiceDeathTest, RefusesAnUnknownName) {
   EXPECT_EXIT(choose_in_child("sse9"), testing::ExitedWithCode(1),
-              "error GRAFT_CPU: got 'sse9', wanted portable, avx2, avx512 or avx512_bf16");
+              "error GRAFT_CPU: got 'sse9', wanted portable, avx2, avx512, avx512_bf16 or amx");
 }
 
 }  // namespace

@@ -28,11 +28,14 @@ std::vector<NamedKernels> runnable_kernels() {
   if (last_cpu_path(cpu_features()) >= CpuPath::Avx2) {
     all.push_back({"avx2", &gemm_kernels(CpuPath::Avx2)});
     all.push_back({"wide16", &gemm_kernels_wide16()});
+    all.push_back({"wide16_amx", &gemm_kernels_wide16_amx()});
   }
   if (last_cpu_path(cpu_features()) >= CpuPath::Avx512)
     all.push_back({"avx512", &gemm_kernels(CpuPath::Avx512)});
   if (last_cpu_path(cpu_features()) >= CpuPath::Avx512Bf16)
     all.push_back({"avx512_bf16", &gemm_kernels(CpuPath::Avx512Bf16)});
+  if (last_cpu_path(cpu_features()) >= CpuPath::Amx)
+    all.push_back({"amx", &gemm_kernels(CpuPath::Amx)});
   return all;
 }
 

@@ -116,9 +116,12 @@ struct Instructions {
 std::vector<Instructions> instruction_sets() {
   std::vector<Instructions> all;
   for (const CpuPath path :
-       {CpuPath::Portable, CpuPath::Avx2, CpuPath::Avx512, CpuPath::Avx512Bf16})
+       {CpuPath::Portable, CpuPath::Avx2, CpuPath::Avx512, CpuPath::Avx512Bf16, CpuPath::Amx})
     if (path <= cpu_choice().path) all.push_back({cpu_path_name(path).data(), &gemm_kernels(path)});
-  if (cpu_choice().path != CpuPath::Portable) all.push_back({"wide16", &gemm_kernels_wide16()});
+  if (cpu_choice().path != CpuPath::Portable) {
+    all.push_back({"wide16", &gemm_kernels_wide16()});
+    all.push_back({"wide16_amx", &gemm_kernels_wide16_amx()});
+  }
   return all;
 }
 

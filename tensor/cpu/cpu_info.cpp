@@ -3,6 +3,8 @@
 #include "tensor/cpu/cpu_info.h"
 
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -42,6 +44,13 @@ std::string brand_string() {
   return brand;
 }
 
+// The registers are so large (8 KiB) that Linux saves them for processes alone that have asked.
+// [Linux, Documentation/arch/x86/xstate.rst]
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
 CpuFeatures read_features() {
   CpuFeatures f;
   const Registers zero = cpuid(0), one = cpuid(1), seven = cpuid(7), seven_one = cpuid(7, 1);
@@ -63,6 +72,8 @@ CpuFeatures read_features() {
   f.avx512 =
       f.avx2 && zmm && bit(seven.b, 16) && bit(seven.b, 17) && bit(seven.b, 30) && bit(seven.b, 31);
   f.avx512_bf16 = f.avx512 && bit(seven_one.a, 5);
+  const bool tiles = (state & 0x60000) == 0x60000 && bit(seven.d, 24) && bit(seven.d, 22);
+  f.amx_bf16 = f.avx512_bf16 && tiles && may_use_tiles();
   return f;
 }
 
@@ -74,12 +85,12 @@ bool has_fast_bf16(const CpuFeatures& f) {
 }
 
 constexpr CpuPath kPaths[] = {CpuPath::Portable, CpuPath::Avx2, CpuPath::Avx512,
-                              CpuPath::Avx512Bf16};
+                              CpuPath::Avx512Bf16, CpuPath::Amx};
 
 CpuPath path_by_name(const char* name) {
   for (const CpuPath path : kPaths)
     if (cpu_path_name(path) == name) return path;
-  fail("GRAFT_CPU: got '", name, "', wanted portable, avx2, avx512 or avx512_bf16");
+  fail("GRAFT_CPU: got '", name, "', wanted portable, avx2, avx512, avx512_bf16 or amx");
 }
 
 CpuChoice choose_with_override() {
@@ -97,10 +108,11 @@ CpuChoice choose_with_override() {
 }  // namespace
 
 CpuPath last_cpu_path(const CpuFeatures& f) {
-  return f.avx512_bf16 ? CpuPath::Avx512Bf16
-         : f.avx512    ? CpuPath::Avx512
-         : f.avx2      ? CpuPath::Avx2
-                       : CpuPath::Portable;
+  return f.amx_bf16      ? CpuPath::Amx
+         : f.avx512_bf16 ? CpuPath::Avx512Bf16
+         : f.avx512      ? CpuPath::Avx512
+         : f.avx2        ? CpuPath::Avx2
+                         : CpuPath::Portable;
 }
 
 // The place of the choice. The order of preference is fixed: nothing is timed.
@@ -112,6 +124,9 @@ CpuChoice choose_cpu_path(const CpuFeatures& f) {
   if (choice.path == CpuPath::Avx512Bf16 && !has_fast_bf16(f)) choice.path = CpuPath::Avx512;
   const char* avx512 = "AVX-512 F, BW, DQ and VL, enabled by the operating system";
   switch (choice.path) {
+    case CpuPath::Amx:
+      choice.reason = concat(avx512, "; BF16 is multiplied by AMX tiles");
+      break;
     case CpuPath::Avx512Bf16:
       choice.reason =
           concat(avx512, "; BF16 is multiplied by vdpbf16ps, twice as fast here as F32");
@@ -145,6 +160,8 @@ const CpuChoice& cpu_choice() {
 
 std::string_view cpu_path_name(CpuPath path) {
   switch (path) {
+    case CpuPath::Amx:
+      return "amx";
     case CpuPath::Avx512Bf16:
       return "avx512_bf16";
     case CpuPath::Avx512:

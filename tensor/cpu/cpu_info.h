@@ -7,7 +7,7 @@
 
 namespace graft {
 
-enum class CpuPath { Portable, Avx2, Avx512, Avx512Bf16 };  // each has what those before it have
+enum class CpuPath { Portable, Avx2, Avx512, Avx512Bf16, Amx };  // each has what came before it
 
 // What choose_cpu_path looks at.
 struct CpuFeatures {
@@ -16,6 +16,7 @@ struct CpuFeatures {
   bool avx2 = false;         // AVX2, FMA and F16C, the OS saving ymm
   bool avx512 = false;       // F, BW, DQ and VL, the OS saving zmm and masks
   bool avx512_bf16 = false;  // vdpbf16ps
+  bool amx_bf16 = false;     // tdpbf16ps, the OS granting its registers
 };
 
 struct CpuChoice {
@@ -24,8 +25,8 @@ struct CpuChoice {
   std::string reason;  // why this path, for `graft info --cpu`
 };
 
-// Of this CPU. GRAFT_CPU=portable|avx2|avx512|avx512_bf16 overrides; one that it can't run is an
-// Error.
+// Of this CPU. GRAFT_CPU=portable|avx2|avx512|avx512_bf16|amx overrides; one that it can't run is
+// an Error.
 const CpuChoice& cpu_choice();
 
 // The decision itself: the path and the reason for a CPU with these features.

@@ -24,6 +24,10 @@ CpuKernels make_table(const char* name);
 // A table is filled by code of its own instruction set: only the one that was asked for may run.
 const CpuKernels& cpu_kernels(CpuPath path) {
   switch (path) {
+    case CpuPath::Amx: {  // has instructions for the matrix product alone
+      static const CpuKernels table = avx512_bf16::make_table("amx");
+      return table;
+    }
     case CpuPath::Avx512Bf16: {
       static const CpuKernels table = avx512_bf16::make_table("avx512_bf16");
       return table;

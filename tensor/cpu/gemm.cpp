@@ -40,10 +40,18 @@ GemmMatrix matrix_of(const Tensor& t) {
   return {t.raw(), t.row_stride(), t.dtype()};
 }
 
+// A row that need be neither widened nor turned (nor scaled) is read where it lies. With pairs k
+// must be even, for a half word's other half would be the next row's.
+bool lies_in_words(const GemmMatrix& a, bool transposed, int64_t k, int64_t per_word) {
+  return (per_word == 2 ? k % 2 == 0 : a.dtype == DType::F32) && !transposed && a.stride > 0;
+}
+
 // Both BF16, and no factor that would have to be rounded to it.
-bool is_for_pairs(const GemmTerm& term) {
+bool is_for_pairs(const GemmKernels& kernels, const GemmTerm& term, int64_t k) {
   const bool b = term.b.dtype() == DType::BF16 || is_nf4(term.b.dtype());
-  return term.a.dtype() == DType::BF16 && b && term.alpha == 1;
+  if (!kernels.pairs->multiply || term.a.dtype() != DType::BF16 || !b || term.alpha != 1)
+    return false;
+  return kernels.pairs->pack_a || lies_in_words(matrix_of(term.a), term.transpose_a, k, 2);
 }
 
 Product product_of(const GemmKernels& kernels, Tensor& c, std::span<const GemmTerm> terms,
@@ -59,7 +67,7 @@ Product product_of(const GemmKernels& kernels, Tensor& c, std::span<const GemmTe
   for (const GemmTerm& term : terms) {
     const int64_t k = term.transpose_a ? term.a.num_rows() : term.a.cols();
     if (k == 0) continue;
-    const bool pairs = kernels.pairs->multiply && is_for_pairs(term);
+    const bool pairs = is_for_pairs(kernels, term, k);
     CHECK(!is_nf4(term.a.dtype()), "gemm: a is ", dtype_name(term.a.dtype()),
           ", which b alone may be");
     Term& t = p.terms[p.num_terms++];
@@ -99,13 +107,10 @@ void swap_operands(Product& p) {
   p.swapped = true;
 }
 
-// A row that need be neither widened nor scaled nor turned is read where it lies. With pairs k must
-// be even, for a half word's other half would be the next row's.
 void find_direct_terms(Product& p) {
   for (int i = 0; i < p.num_terms; ++i) {
     Term& t = p.terms[i];
-    const bool is_words = t.per_word == 2 ? t.k % 2 == 0 : t.a.dtype == DType::F32;
-    t.direct = is_words && !t.transpose_a && t.alpha == 1 && t.a.stride > 0;
+    t.direct = t.alpha == 1 && lies_in_words(t.a, t.transpose_a, t.k, t.per_word);
   }
 }
 
@@ -120,33 +125,24 @@ void for_terms(const Product& p, int64_t begin, int64_t end, F&& f) {
   }
 }
 
-// Fetches a part of a matrix into the L2 cache, some lines at a time: memory works while the
+// A part of a matrix, to be fetched into the L2 cache some lines at a time: memory works while the
 // multiply-adds do.
-class Prefetch {
- public:
-  Prefetch() = default;
-  Prefetch(const GemmMatrix& m, int64_t row, int64_t rows, int64_t col, int64_t cols, int64_t calls)
-      : stride_(m.stride * dtype_size(m.dtype)), rows_(rows) {
-    const int64_t size = dtype_size(m.dtype);
-    row_ = static_cast<const char*>(m.data) + row * stride_ + col * size;
-    lines_ = divide_up(cols * size, kLine) + 1;  // a row may begin in the middle of a line
-    lines_per_call_ = divide_up(rows_ * lines_, calls);
-  }
-  void next_part() {
-    for (int64_t i = 0; i < lines_per_call_ && rows_ > 0; ++i) {
-      __builtin_prefetch(row_ + line_ * kLine, 0, 2);
-      if (++line_ < lines_) continue;
-      line_ = 0;
-      row_ += stride_;
-      --rows_;
-    }
-  }
+GemmAhead ahead_of(const GemmMatrix& m, int64_t row, int64_t rows, int64_t col, int64_t cols) {
+  constexpr int64_t kLine = 64;
+  const int64_t size = dtype_size(m.dtype), stride = m.stride * size;
+  const char* const begin = static_cast<const char*>(m.data) + row * stride + col * size;
+  return {begin, stride, rows, divide_up(cols * size, kLine) + 1, 0, 0};  // a row may begin in
+}  // the middle of a line
 
- private:
-  static constexpr int64_t kLine = 64;
-  const char* row_ = nullptr;
-  int64_t stride_ = 0, rows_ = 0, lines_ = 0, line_ = 0, lines_per_call_ = 0;
-};
+void fetch(GemmAhead& ahead, int64_t count) {
+  for (; count > 0 && ahead.rows > 0; --count) {
+    __builtin_prefetch(ahead.row + ahead.line * 64, 0, 2);
+    if (++ahead.line < ahead.lines) continue;
+    ahead.line = 0;
+    ahead.row += ahead.stride;
+    --ahead.rows;
+  }
+}
 
 class Gemm {
  public:
@@ -155,7 +151,11 @@ class Gemm {
         pool_(pool),
         p_(product),
         serial_(double(product.M) * product.N * product.K < kSerialWork) {
-    const int64_t steps = std::max<int64_t>(1, divide_up(p_.K, kernels.kc));
+    const GemmInner& inner = p_.num_terms > 0 ? *p_.terms[0].inner : kernels.floats;
+    tiles_sub_ = inner.tiles_sub;
+    fetches_ = !inner.pack_a;
+    group_ = std::min(p_.M, kMaxRows) * p_.K > 400000 ? inner.group : kGroup;
+    const int64_t steps = std::max<int64_t>(1, divide_up(p_.K, inner.max_kc));
     kc_ = std::max<int64_t>(16, round_up(divide_up(p_.K, steps), 16));
   }
 
@@ -206,7 +206,7 @@ class Gemm {
   }
 
   void multiply_columns() {
-    const int64_t groups = divide_up(cols_, kGroup), wanted = 3 * pool_.num_threads();
+    const int64_t groups = divide_up(cols_, group_), wanted = 3 * pool_.num_threads();
     const int64_t splits =
         serial_ ? 1 : std::clamp<int64_t>(divide_up(wanted, groups), 1, divide_up(tiles_, 8));
     const int64_t tiles = divide_up(tiles_, splits);
@@ -253,31 +253,40 @@ class Gemm {
     return {reinterpret_cast<const char*>(packed), tile_stride() * int64_t(sizeof(float)), 0};
   }
 
-  // Columns [group * kGroup, + kGroup) of the range, A tiles [first, last).
+  // Columns [group * group_, + group_) of the range, A tiles [first, last).
   void multiply_piece(int64_t group, int64_t next_group, int64_t first, int64_t last, int thread) {
-    const int64_t nr = kernels_.nr, col0 = group * kGroup;
-    const int64_t cols = std::min(kGroup, cols_ - col0), panels = divide_up(cols, nr);
+    const int64_t nr = kernels_.nr, col0 = group * group_;
+    const int64_t cols = std::min(group_, cols_ - col0), panels = divide_up(cols, nr);
     float* const own = workspace().own(thread);
     float* const packed_b = own;
     float* const sums = kept_sums_ ? kept_sums_ + col0 * tiles_ * kMr : own + kPackedB;
-    if (p_.K == 0) std::memset(sums, 0, tiles_ * kMr * kGroup * sizeof(float));
+    if (p_.K == 0) std::memset(sums, 0, tiles_ * kMr * group_ * sizeof(float));
     for (int64_t k = k0_; k < k1_; k += kc_) {
       const int64_t kc = std::min(kc_, k1_ - k);
       pack_columns(packed_b, workspace().widened(thread), k, kc, n0_ + col0, cols);
-      const int64_t calls = panels * divide_up(last - first, kernels_.tiles_sub);
-      Prefetch ahead =
-          k + kc < k1_ ? prefetch(k + kc, col0, calls) : prefetch(k0_, next_group * kGroup, calls);
+      // What the next step packs; and where the sums go.
+      GemmAhead ahead[2] = {k + kc < k1_ ? fetched_next(k + kc, col0)
+                                         : fetched_next(k0_, next_group * group_)};
+      const int64_t calls = panels * divide_up(last - first, tiles_sub_);
+      const int64_t lines_per_call = divide_up(ahead[0].rows * ahead[0].lines, calls);
+      if (k + kc == p_.K && !p_.swapped) {
+        const GemmMatrix c = {p_.out.c, p_.out.c_stride, p_.out.dtype};
+        const int64_t row = first * kMr, rows = std::min(rows_, last * kMr) - row;
+        ahead[1] = ahead_of(c, m0_ + row, rows, n0_ + col0, cols);
+      }
+      for (GemmAhead& part : ahead)
+        part.per_step = divide_up(part.rows * part.lines, tile_steps(last - first, cols, kc));
       const Runs runs = runs_of(k, k + kc);
-      for (int64_t tile = first; tile < last; tile += kernels_.tiles_sub) {
-        const int64_t end = std::min(last, tile + kernels_.tiles_sub);
+      for (int64_t tile = first; tile < last; tile += tiles_sub_) {
+        const int64_t end = std::min(last, tile + tiles_sub_);
         const int64_t rows = std::min(rows_, end * kMr) - tile * kMr;
         for (int64_t j = 0; j < panels; ++j) {
-          ahead.next_part();
+          if (!fetches_) fetch(ahead[0], lines_per_call);
           for (int i = 0; i < runs.count; ++i) {
             const Run& run = runs.all[i];
             run.inner->multiply(sums + (j * tiles_ + tile) * kMr * nr, rows_at(run, tile, k),
                                 packed_b + (j * kc_ + run.offset) * nr, run.words, rows,
-                                std::min(nr, cols - j * nr), k + run.offset > 0);
+                                std::min(nr, cols - j * nr), k + run.offset > 0, ahead);
           }
         }
       }
@@ -291,23 +300,28 @@ class Gemm {
     }
   }
 
+  // About how many steps AMX's tiles take for so many tiles of rows and columns.
+  int64_t tile_steps(int64_t tiles, int64_t cols, int64_t kc) const {
+    return divide_up(tiles * kMr, 32) * divide_up(cols, 32) * divide_up(kc, 16);
+  }
+
   // Of what pack_columns will read, the part in the first term.
-  Prefetch prefetch(int64_t k, int64_t col0, int64_t calls) const {
-    Prefetch ahead;
+  GemmAhead fetched_next(int64_t k, int64_t col0) const {
+    GemmAhead ahead{};
     if (col0 >= cols_) return ahead;
     for_terms(p_, k, std::min(k + kc_, k1_),
               [&](const Term& t, int64_t word, int64_t offset, int64_t words) {
                 if (offset > 0) return;
                 int64_t from = word * t.per_word, count = t.elements(word, words);
-                int64_t col = n0_ + col0, cols = std::min(kGroup, cols_ - col0);
+                int64_t col = n0_ + col0, cols = std::min(group_, cols_ - col0);
                 if (t.nf4) {  // two elements of a row a byte
                   int64_t& begin = t.transpose_b ? from : col;
                   int64_t& length = t.transpose_b ? count : cols;
                   begin /= 2;
                   length = divide_up(length, 2);
                 }
-                ahead = t.transpose_b ? Prefetch(t.b, col, cols, from, count, calls)
-                                      : Prefetch(t.b, from, count, col, cols, calls);
+                ahead = t.transpose_b ? ahead_of(t.b, col, cols, from, count)
+                                      : ahead_of(t.b, from, count, col, cols);
               });
     return ahead;
   }
@@ -330,7 +344,8 @@ class Gemm {
   ThreadPool& pool_;
   const Product& p_;
   const bool serial_;
-  int64_t kc_;
+  int64_t kc_, tiles_sub_, group_;
+  bool fetches_;
   float* packed_a_ = nullptr;
   float* kept_sums_ = nullptr;  // where K takes several k0, else nullptr
   int64_t m0_ = 0, rows_ = 0, tiles_ = 0, n0_ = 0, cols_ = 0, k0_ = 0, k1_ = 0;
@@ -402,7 +417,10 @@ void cpu_gemm(const GemmKernels& kernels, ThreadPool& pool, Tensor& c,
   if (p.M == 0 || p.N == 0) return;
   if (is_for_dot_products(p)) return dot_products(kernels, pool, p);
   if (is_narrow(p, kernels)) return narrow_product(kernels, pool, p);
-  if (p.N <= kNarrow && p.M > p.N && !has_nf4(p)) swap_operands(p);
+  const bool pairs_stay =
+      !kernels.pairs->pack_a && std::any_of(p.terms.begin(), p.terms.begin() + p.num_terms,
+                                            [](const Term& t) { return t.per_word == 2; });
+  if (p.N <= kNarrow && p.M > p.N && !has_nf4(p) && !pairs_stay) swap_operands(p);
   find_direct_terms(p);
   Gemm(kernels, pool, p).run();
 }
@@ -420,6 +438,8 @@ int64_t gemm_scratch_bytes(int threads) {
 
 const GemmKernels& gemm_kernels(CpuPath path) {
   switch (path) {
+    case CpuPath::Amx:
+      return amx::gemm_kernels;
     case CpuPath::Avx512Bf16:
       return avx512_bf16::gemm_kernels;
     case CpuPath::Avx512:
@@ -432,5 +452,6 @@ const GemmKernels& gemm_kernels(CpuPath path) {
 }
 
 const GemmKernels& gemm_kernels_wide16() { return wide16::gemm_kernels; }
+const GemmKernels& gemm_kernels_wide16_amx() { return wide16::gemm_kernels_amx; }
 
 }  // namespace graft

@@ -25,8 +25,10 @@ void cpu_gemm(const GemmKernels& kernels, ThreadPool& pool, Tensor& c,
 // The most bytes of Scope::Scratch that products keep between calls with so many threads.
 int64_t gemm_scratch_bytes(int threads);
 
-// The inner loops of an instruction set. wide16 is AVX-512's tile shape under AVX2 instructions.
+// The inner loops of an instruction set. wide16 is AVX-512's tile shape under AVX2 instructions;
+// wide16_amx besides has AMX's tiles in plain C++, slow, for tests.
 const GemmKernels& gemm_kernels(CpuPath path);
 const GemmKernels& gemm_kernels_wide16();
+const GemmKernels& gemm_kernels_wide16_amx();
 
 }  // namespace graft

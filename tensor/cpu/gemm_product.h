@@ -14,14 +14,15 @@
 namespace graft::gemm_parts {
 
 constexpr int64_t kMaxRows = 768;              // of a block, a multiple of kMr
-constexpr int64_t kGroup = 64;                 // columns of a piece, a multiple of every nr
+constexpr int64_t kGroup = 64;                 // columns of a narrow piece, a multiple of every nr
+constexpr int64_t kMaxGroup = 256;             // no instruction set has a larger group
 constexpr int64_t kMaxKc = 512;                // no instruction set has a longer kc
 constexpr int64_t kPackedA = kMaxRows * 4096;  // floats of the shared packed rows, 12 MiB
 constexpr int64_t kKeptCols = 2048;  // columns whose sums are kept from one k0 to the next
 constexpr int64_t kKeptSums = kMaxRows * kKeptCols;
-constexpr int64_t kPackedB = kMaxKc * kGroup;
-constexpr int64_t kOwnSums = kMaxRows * kGroup;
-constexpr int64_t kWidened = kMaxKc * kGroup;  // words of a part of an NF4 operand
+constexpr int64_t kPackedB = kMaxKc * kMaxGroup;
+constexpr int64_t kOwnSums = kMaxRows * kMaxGroup;
+constexpr int64_t kWidened = kMaxKc * kMaxGroup;  // words of a part of an NF4 operand
 constexpr int64_t kNarrow = 48;      // up to so many columns or rows, a product is a narrow one
 constexpr double kSerialWork = 5e5;  // multiply-adds below which waking threads costs more
 

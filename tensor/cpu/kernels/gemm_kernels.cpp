@@ -226,21 +226,23 @@ void dot(float* sums, int64_t sums_stride, const float* x, int64_t m, const Gemm
   rows_of(sums, sums_stride, x, w, row, rows, count, accumulate);
 }
 
+// All but the words of pairs: the same under every instruction set.
+constexpr GemmKernels table(const GemmInner* pairs) {
+  return {kNr,   {pack_a, pack_b, multiply_panel<Floats>, kGroup, kKc, kTilesSub},
+          pairs, &gemm_narrow,
+          store, store_transposed,
+          dot,   widen_nf4};
+}
+
 }  // namespace
 
-// The sizes: kc x nr, a panel, and the A tile beside it fill the L1 cache with nr = 16 and a part
-// of the L2 with nr = 64; tiles_sub tiles of kc take less than half of an L2 of 512 KiB.
-extern const GemmKernels gemm_kernels = {
-    kNr,
-    kLanes == 16 ? 512 : 384,
-    kLanes == 16 ? 2 : 24,
-    {pack_a, pack_b, multiply_panel<Floats>},
-    &gemm_pairs,
-    &gemm_narrow,
-    store,
-    store_transposed,
-    dot,
-    widen_nf4,
-};
+#if defined(__AMX_BF16__)
+extern constinit const GemmKernels gemm_kernels = table(&gemm_amx);
+#else
+extern constinit const GemmKernels gemm_kernels = table(&gemm_pairs);
+#endif
+#if defined(GRAFT_ISA_wide16)
+extern constinit const GemmKernels gemm_kernels_amx = table(&gemm_amx);
+#endif
 
 }  // namespace graft::GRAFT_ISA

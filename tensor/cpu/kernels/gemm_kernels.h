@@ -52,7 +52,17 @@ struct GemmRows {
   int64_t tile_stride, row_stride;
 };
 
-// Packing and multiplying with one kind of word. k and count are in elements, kc in words.
+// Lines of memory that will be wanted soon, for the kernels that fetch them between their multiply-
+// adds: a rectangle, per_step lines in a step of AMX's tiles.
+struct GemmAhead {
+  const char* row;
+  int64_t stride, rows, lines;  // bytes from row to row; rows that are left; lines of a row
+  int64_t line, per_step;
+};
+
+// Packing and multiplying with one kind of word. k and count are in elements, kc in words. The
+// layouts above are those of all but AMX (gemm_amx.cpp), which packs b its own way, and whose
+// pack_a is nullptr: a must be words of its kind as it lies.
 struct GemmInner {
   // (rows, count) of a row-major matrix, or where `transposed` the transpose of (count, rows), from
   // (row, k) on into one A tile. With pairs k is even and alpha 1.
@@ -63,8 +73,12 @@ struct GemmInner {
   void (*pack_b)(float* panels, int64_t panel_stride, const GemmMatrix& b, bool transposed,
                  int64_t k, int64_t count, int64_t col, int64_t cols);
   // sums [tile][6][nr] of `rows` rows = or += those rows of a times a panel of kc x cols.
+  //   ahead  two rectangles, for AMX alone: the others fetch nothing, their caller does
   void (*multiply)(float* sums, const GemmRows& a, const float* panel, int64_t kc, int64_t rows,
-                   int64_t cols, bool accumulate);
+                   int64_t cols, bool accumulate, GemmAhead* ahead);
+  int64_t group;      // columns of c that a thread takes at a time where a comes from beyond the L2
+  int64_t max_kc;     // the most words between two passes over the sums, a multiple of 16
+  int64_t tiles_sub;  // A tiles that are kept in the L2 cache while the panels of a group pass
 };
 
 // Products with a narrow side (gemm_narrow.cpp). The narrow operand is packed, [k][width], width
@@ -89,8 +103,6 @@ struct GemmNarrow {
 
 struct GemmKernels {
   int64_t nr;              // columns of a panel
-  int64_t kc;              // the most words between two passes over the sums
-  int64_t tiles_sub;       // A tiles that are kept in the L2 cache while the panels of a group pass
   GemmInner floats;        // any operands, widened
   const GemmInner* pairs;  // BF16 by BF16; its functions are nullptr where that too is widened
   const GemmNarrow* narrow;
@@ -116,8 +128,11 @@ extern const GemmKernels gemm_kernels;
 namespace avx512_bf16 {
 extern const GemmKernels gemm_kernels;
 }
-namespace wide16 {
+namespace amx {
 extern const GemmKernels gemm_kernels;
+}
+namespace wide16 {
+extern const GemmKernels gemm_kernels, gemm_kernels_amx;
 }
 
 }  // namespace graft

@@ -190,11 +190,11 @@ void pack_b(float* packed, int64_t panel_stride, const GemmMatrix& b, bool trans
 
 }  // namespace
 
-extern const GemmInner gemm_pairs = {pack_a, pack_b, multiply_panel<Pairs>};
+extern const GemmInner gemm_pairs = {pack_a, pack_b, multiply_panel<Pairs>, kGroup, kKc, kTilesSub};
 
 #else
 
-extern const GemmInner gemm_pairs = {nullptr, nullptr, nullptr};
+extern const GemmInner gemm_pairs = {nullptr, nullptr, nullptr, 0, 0, 0};
 
 #endif
 

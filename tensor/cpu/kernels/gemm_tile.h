@@ -1,5 +1,5 @@
 // The micro kernel of the matrix product, once for each format of packed operands. Included by
-// gemm_kernels.cpp (F32), gemm_pairs.cpp (pairs of BF16) and gemm_nf4.cpp alone.
+// gemm_kernels.cpp (F32), gemm_pairs.cpp and gemm_amx.cpp (pairs of BF16) and gemm_nf4.cpp alone.
 //
 // A tile of 6 x nr sums stays in registers while k runs: 24 + 4 + 1 registers of 32 with AVX-512
 // (nr = 64), 12 + 2 + 1 of 16 with AVX2 (nr = 16). Every sum is one chain of multiply-adds over k
@@ -14,6 +14,12 @@ namespace graft::GRAFT_ISA {
 
 constexpr int kVectors = kLanes == 16 ? 4 : 2;  // of a panel
 constexpr int kNr = kVectors * kLanes;
+
+// kKc words by nr, a panel, and the A tile beside it fill the L1 cache with nr = 16 and a part of
+// the L2 with nr = 64; kTilesSub tiles of them take less than half of an L2 of 512 KiB.
+constexpr int kKc = kLanes == 16 ? 512 : 384;
+constexpr int kGroup = 64;
+constexpr int kTilesSub = kLanes == 16 ? 2 : 24;
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -124,7 +130,7 @@ void multiply_tiles(float* sums, const GemmRows& a, const float* panel, int64_t 
 // GemmInner::multiply.
 template <class Format>
 void multiply_panel(float* sums, const GemmRows& a, const float* panel, int64_t kc, int64_t rows,
-                    int64_t cols, bool accumulate) {
+                    int64_t cols, bool accumulate, GemmAhead*) {
   const auto multiply =
       a.row_stride == 0 ? multiply_tiles<Format, true> : multiply_tiles<Format, false>;
   multiply(sums, a, panel, kc, rows, cols, accumulate);
@@ -142,6 +148,7 @@ struct Floats {
 
 extern const GemmNarrow gemm_narrow;  // gemm_narrow.cpp
 extern const GemmInner gemm_pairs;    // gemm_pairs.cpp; no functions where there is no such format
+extern const GemmInner gemm_amx;      // gemm_amx.cpp; the same
 void widen_nf4(void* dst, DType dtype, const Nf4Rows& src);  // gemm_nf4.cpp
 
 }  // namespace graft::GRAFT_ISA
