@@ -4,9 +4,9 @@
 //
 // A file in cpu/kernels/ is compiled once per instruction set into namespace GRAFT_ISA (portable,
 // avx2, avx512, avx512_bf16, and wide16, which is the shape of the last under AVX2 flags so that
-// its logic is tested everywhere; the matrix product also for amx). It includes nothing that instantiates library templates: such
-// code would be shared between the objects by the linker, and could run AVX-512 on a machine
-// without it.
+// its logic is tested everywhere; the matrix product also for amx). It includes nothing that
+// instantiates library templates: such code would be shared between the objects by the linker, and
+// could run AVX-512 on a machine without it.
 #pragma once
 
 #include <cstdint>
