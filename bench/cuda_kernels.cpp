@@ -17,6 +17,8 @@
 #include "bench/matmul_rate.h"
 #include "cuda/device_backend.h"
 #include "models/config.h"
+#include "tensor/blockwise8.h"
+#include "tensor/nf4.h"
 
 using namespace graft;
 using Json = nlohmann::ordered_json;
@@ -326,6 +328,26 @@ void bench_adamw(Bench& bench, const ModelConfig& config, const Sizes& s) {
   });
   bench.measure("sum_of_squares", text("% parameters", {count}), 4 * double(count), 0,
                 [&] { backend.sum_of_squares(squares, g); });
+  const auto state = [&] {
+    return State8{Tensor::zeros({count}, DType::U8, Device::CUDA),
+                  Tensor::zeros({num_blocks8(count)}, DType::F32, Device::CUDA)};
+  };
+  State8 m8 = state(), v8 = state();
+  // Parameter and two codes read and written, the gradient read; an absmax for 256 of each code.
+  bench.measure("adamw_8bit", text("% parameters", {count}), (16 + 16.0 / 256) * double(count), 0,
+                [&] {
+                  backend.adamw_8bit(w, m8, v8, g, factor, {1e-4, 0.9, 0.999, 1e-8, 0.01, 1});
+                });
+}
+
+// A weight of the MLP, into the scratch that the product reads.
+void bench_nf4(Bench& bench, const Sizes& s) {
+  const Tensor weight =
+      nf4_quantise(on_gpu({s.I, s.H}).to(Device::CPU), /*double_quant=*/true).to(Device::CUDA);
+  Tensor wide = Tensor::empty({s.I, s.H}, DType::BF16, Device::CUDA);
+  const double bytes = double(weight.num_bytes()) + double(wide.num_bytes());
+  bench.measure("widen_nf4", text("% x %", {s.I, s.H}), bytes, 0,
+                [&] { bench.backend().copy(wide, weight); });
 }
 
 void bench_model(Bench& bench, const Options& options, const std::string& name) {
@@ -336,6 +358,7 @@ void bench_model(Bench& bench, const Options& options, const std::string& name) 
   bench_vocabulary(bench, s, std::min<int64_t>(2048, options.tokens));
   bench_attention(bench, s, options.sequence, config.qk_norm);
   bench_adamw(bench, config, s);
+  bench_nf4(bench, s);
   // Products of one input, together: what merged weights would multiply. r 16 for each adapter.
   for (int64_t T = std::max<int64_t>(options.tokens / 8, 1); T <= options.tokens; T *= 2) {
     if (T == options.tokens / 4 && T > 2048) continue;  // 2k, 8k, 16k

@@ -171,8 +171,8 @@ bool same_bytes(const Tensor& a, const Tensor& b) {
          std::memcmp(a.raw(), b.raw(), size_t(a.num_bytes())) == 0;
 }
 
-// The dtype that most weights of the file have; F16 is computed in F32.
-DType dtype_of_file(const Checkpoint& checkpoint) {
+// The dtype that most weights of the file have.
+DType stored_dtype(const Checkpoint& checkpoint) {
   std::map<std::string, int64_t> bytes;
   for (const std::string& name : checkpoint.names()) {
     if (name.find(".weight.") != std::string::npos) continue;  // scales of a quantised one
@@ -181,8 +181,10 @@ DType dtype_of_file(const Checkpoint& checkpoint) {
   }
   const auto most = std::max_element(bytes.begin(), bytes.end(),
                                      [](auto& a, auto& b) { return a.second < b.second; });
-  return most != bytes.end() && most->first == "BF16" ? DType::BF16 : DType::F32;
+  const std::string name = most == bytes.end() ? "F32" : most->first;
+  return name == "BF16" ? DType::BF16 : name == "F16" ? DType::F16 : DType::F32;
 }
+DType computed_in(DType stored) { return stored == DType::F16 ? DType::F32 : stored; }
 
 // The dtype in which a weight is kept. F32 computes with the bytes of any file exactly as they are;
 // BF16 rounds what is not BF16.
@@ -320,12 +322,14 @@ class Loader : public Visitor {
 
 }  // namespace
 
+DType dtype_of_files(const std::string& directory) { return stored_dtype(Checkpoint(directory)); }
+
 std::unique_ptr<Decoder> load_model(const std::string& directory, std::optional<DType> dtype,
                                     Device device, const Quantisation& quantisation) {
   CHECK(fs::is_directory(directory), directory, ": not a directory; wanted that of a model");
   ModelConfig config = ModelConfig::load(directory);
   const Checkpoint checkpoint(directory);
-  const DType compute = dtype.value_or(dtype_of_file(checkpoint));
+  const DType compute = dtype.value_or(computed_in(stored_dtype(checkpoint)));
   CHECK(compute == DType::F32 || compute == DType::BF16 || compute == DType::F64, "load: dtype ",
         dtype_name(compute), " is not computed in; F32 and BF16 are");
   // Both names stored, with different values: then they are two matrices whatever the config says.

@@ -28,6 +28,10 @@ std::unique_ptr<Decoder> load_model(const std::string& directory, std::optional<
                                     Device device = Device::CPU,
                                     const Quantisation& quantisation = {});
 
+// The dtype that most weights of the directory's safetensors have: F32, BF16 or F16, whatever
+// config.json says.
+DType dtype_of_files(const std::string& directory);
+
 // Copies weights that are kept in another dtype than the model computes in (a BF16 or F16 file in
 // F32) into that dtype. For full training, where they are to be changed by less than their own
 // dtype can hold.

@@ -102,6 +102,11 @@ class JsonLines {
     try {
       object = nlohmann::json::parse(line);
     } catch (const nlohmann::json::parse_error& error) {
+      const std::string what = error.what();
+      CHECK(what.find("surrogate") == std::string::npos, where, ": half a surrogate pair (byte ",
+            error.byte,
+            "), which is no character; expected both halves, \\ud83d\\ude00, or the character "
+            "itself");
       fail(where, ": not JSON (byte ", error.byte, "); expected one object per line, such as ",
            kExample);
     }

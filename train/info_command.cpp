@@ -110,7 +110,12 @@ int info_command(int argc, char** argv) {
     throw UsageError("info: expected a model directory or a config.json; see graft info --help");
   namespace fs = std::filesystem;
   const bool is_file = fs::is_regular_file(model);
-  const ModelConfig config = ModelConfig::load(is_file ? model : resolve_model(model));
+  const std::string path = is_file ? model : resolve_model(model);
+  ModelConfig config = ModelConfig::load(path);
+  // The weights' own dtype counts, as in training; a config alone has none but what it says.
+  if (!is_file && (fs::exists(path + "/model.safetensors") ||
+                   fs::exists(path + "/model.safetensors.index.json")))
+    config.dtype = dtype_of_files(path);
   const MemoryPlan plan = plan_memory(config, options, config.dtype);
   print_model(config);
   std::printf("%s\n",

@@ -32,6 +32,6 @@ const std::vector<OptionKey>& option_keys();
 const OptionKey* find_option_key(const std::string& name);  // by name or alias; null: none
 
 // The name among the keys (and "lora") that a wrong one most likely stands for.
-std::string nearest_option_name(const std::string& unknown);
+std::string nearest_option_name(const std::string& unknown);  // "": none is near
 
 }  // namespace graft

@@ -17,10 +17,20 @@ namespace fs = std::filesystem;
 using Form = OptionKey::Form;
 using Group = OptionKey::Group;
 
+// The file may be no text at all.
+std::string cut_to_a_line(const std::string& text) {
+  constexpr size_t kMost = 60;
+  std::string line = text.substr(0, kMost);
+  for (char& c : line)
+    if (static_cast<unsigned char>(c) < ' ' || c == 127) c = '?';
+  return text.size() > kMost ? line + "..." : line;
+}
+
 // What was found where something else was expected, short enough for one line.
 std::string shown(const YAML::Node& node) {
   if (node.IsNull()) return "nothing";
-  if (node.IsScalar()) return (node.Tag() == "!" ? "the text '" : "'") + node.Scalar() + "'";
+  if (node.IsScalar())
+    return (node.Tag() == "!" ? "the text '" : "'") + cut_to_a_line(node.Scalar()) + "'";
   return node.IsSequence() ? "a list" : "a map";
 }
 
@@ -31,6 +41,12 @@ std::string dashed(std::string name) {
 std::string underscored(std::string name) {
   std::replace(name.begin(), name.end(), '-', '_');
   return name;
+}
+
+// dashes: "--" for a flag.
+std::string option_hint(const std::string& nearest, const std::string& dashes = "") {
+  if (nearest.empty()) return "graft train --help lists all";
+  return concat("did you mean ", dashes, dashes.empty() ? nearest : dashed(nearest), "?");
 }
 
 // --- the config file -----------------------------------------------------------------------------
@@ -77,7 +93,7 @@ class ConfigFile {
     CHECK(key && (!in_lora_block || key->group == Group::Lora), place(name_node), "unknown key '",
           name,
           key ? "' in the lora block; it stands at top level"
-              : "'; did you mean " + nearest_option_name(name) + "?");
+              : "'; " + option_hint(nearest_option_name(name)));
     CHECK(given_.insert(key->name).second, place(name_node), "key '", name, "' is given twice",
           key->alias.empty() ? "" : concat(" (", key->name, " = ", key->alias, ")"),
           "; leave one of the two");
@@ -152,8 +168,8 @@ std::vector<std::string> normalise(const std::vector<std::string>& args) {
       key = nullptr;
     }
     if (!key && name != "help" && name != "config")
-      throw UsageError(concat("unknown flag --", args[i].substr(2, equals - 2), "; did you mean --",
-                              dashed(nearest_option_name(name)), "?"));
+      throw UsageError(concat("unknown flag --", args[i].substr(2, equals - 2), "; ",
+                              option_hint(nearest_option_name(name), "--")));
     if (key) name = key->name;
     result.push_back("--" + dashed(name) + value);
     if (!key || !value.empty()) continue;
@@ -291,7 +307,7 @@ std::string nearest_option_name(const std::string& unknown) {
         nearest = name;
       }
     }
-  return nearest;
+  return least <= std::max<size_t>(2, unknown.size() / 3) ? nearest : "";
 }
 
 std::string unknown_flag_hint(const std::string& help, const std::vector<std::string>& args) {

@@ -105,11 +105,12 @@ TEST_F(OwnGemm, IsTheReferencesForEveryTransposeAndEdge) {
     }
 }
 
-// More rows of tiles than a band has, and columns that are whole tiles.
+// More rows of tiles than a band has, and columns that are whole tiles; then also rows that are,
+// for the last band is as high as there are tiles.
 TEST_F(OwnGemm, ReachesEveryTileOfSeveralBands) {
   for (const Dtypes& dtypes : kDtypes)
     for (OwnTiles tiles : {OwnTiles::Small, OwnTiles::Large})
-      check(dtypes, {1160, 256, 5}, 0, 0, 0, tiles);
+      for (int64_t rows : {1160, 1280}) check(dtypes, {rows, 256, 5}, 0, 0, 0, tiles);
 }
 
 TEST_F(OwnGemm, SumsInTheSameOrderInTilesOfEverySize) {

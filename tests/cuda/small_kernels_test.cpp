@@ -215,6 +215,23 @@ TEST_F(SmallKernels, ElementwiseOpsAgreeBetweenDTypes) {
   });
 }
 
+// Eight F32 are two loads of 16 bytes, and need be aligned to no more than one of them.
+TEST_F(SmallKernels, EightFloatsNeedTheAlignmentOfFour) {
+  for (const auto& [to, from] : {std::pair{DType::BF16, DType::F32}, {DType::F32, DType::BF16}}) {
+    Inputs in(Device::CUDA, DType::F32, 0);
+    const auto part = [](const Tensor& whole, bool f32) {
+      return f32 ? whole.slice_cols(4, 20) : whole.slice_cols(0, 16);
+    };
+    const Tensor x = part(in.dense({5, 24}, from), from == DType::F32);
+    Tensor y = part(in.dense({5, 24}, to), to == DType::F32);
+    cuda_backend().copy(y, x);
+    Tensor expected = Tensor::empty({5, 16}, to, Device::CPU);
+    reference_backend().copy(expected, x.to(Device::CPU));
+    expect_same_bytes(y.to(Device::CPU), expected,
+                      concat(dtype_name(from), " to ", dtype_name(to)));
+  }
+}
+
 TEST_F(SmallKernels, SumsOverRowsAndOverEverythingAgree) {
   for_sizes([](int64_t rows, int64_t cols, const std::string& size) {
     compare("sums " + size, [&](Backend& backend, Inputs& in) -> std::vector<Tensor> {
@@ -432,7 +449,8 @@ TEST_F(SmallKernels, AdamWTakesTheReferencesSteps) {
 }
 
 TEST_F(SmallKernels, SumOfSquaresIsF64AndHasOneOrder) {
-  for (int64_t n : {0, 1, 6, 51, 64, 520, 4097, 20000}) {
+  // The last has more blocks of 4096 than stage 2 has threads.
+  for (int64_t n : {0, 1, 6, 51, 64, 520, 4097, 20000, 260 * 4096 + 1}) {
     Inputs in(Device::CUDA, DType::F32, 0);
     const Tensor x = in.dense({n}, DType::F32);
     Tensor expected = scalar(0), actual = scalar(1).to(Device::CUDA), again = actual.clone();
