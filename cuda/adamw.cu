@@ -22,11 +22,11 @@ constexpr int kThreads = 256;
 template <int N>
 __global__ void __launch_bounds__(kThreads)
     adamw_kernel(float* w, float* m, float* v, const float* g, int64_t n, const double* grad_scale,
-                 AdamWConstants given, const StepScalars* captured, bool decays) {
+                 AdamWConstants given, const AdamWConstants* captured, bool decays) {
   const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * N;
   const float scale = float(*grad_scale);
   if (at >= n || scale != scale) return;  // NaN
-  const AdamWConstants k = captured ? captured->adamw : given;
+  const AdamWConstants k = captured ? *captured : given;
   const float decay = decays ? k.decay : 1.0f;
   float parameter[N], first[N], second[N], gradient[N];
   load_floats<N>(parameter, w + at);
@@ -111,11 +111,11 @@ AdamWConstants adamw_constants(const AdamWStep& step) {
   const double correction1 = 1 - std::pow(step.beta1, double(step.step));
   const double correction2 = 1 - std::pow(step.beta2, double(step.step));
   return {
-      .decay = float(1 - step.learning_rate * step.weight_decay),
+      .decay = float(1 - step.rate() * step.weight_decay),
       .one_minus_beta1 = float(1 - step.beta1),
       .beta2 = float(step.beta2),
       .one_minus_beta2 = float(1 - step.beta2),
-      .step_size = float(step.learning_rate / correction1),
+      .step_size = float(step.rate() / correction1),
       .root_correction2 = float(std::sqrt(correction2)),
       .epsilon = float(step.epsilon),
   };
@@ -155,7 +155,7 @@ void CudaBackend::adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& g
   launch(wide ? adamw_kernel<4> : adamw_kernel<1>, dim3(ceil_div(n, kThreads * (wide ? 4 : 1))),
          dim3(kThreads), 0, stream_, device_data<float>(parameter), device_data<float>(m),
          device_data<float>(v), device_data<const float>(gradient), n,
-         device_data<const double>(grad_scale), adamw_constants(step), captured_scalars(),
+         device_data<const double>(grad_scale), adamw_constants(step), captured_adamw(step),
          step.weight_decay != 0);
 }
 

@@ -44,7 +44,7 @@ __device__ int code_of(float x, const float* map) {
 __global__ void __launch_bounds__(kThreads)
     adamw_8bit_kernel(float* w, uint8_t* m, float* m_absmax, uint8_t* v, float* v_absmax,
                       const float* g, int64_t n, const float* maps, const double* grad_scale,
-                      AdamWConstants given, float given_beta1, const StepScalars* captured,
+                      AdamWConstants given, float given_beta1, const AdamWConstants* captured,
                       bool decays) {
   SHARED_ARRAY(float, signed_map, 256);
   SHARED_ARRAY(float, unsigned_map, 256);
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
   signed_map[threadIdx.x] = maps[threadIdx.x];
   unsigned_map[threadIdx.x] = maps[256 + threadIdx.x];
   __syncthreads();  // the maps are there
-  const AdamWConstants k = captured ? captured->adamw : given;
+  const AdamWConstants k = captured ? *captured : given;
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   float first = 0, second = 0;
   if (i < n) {
@@ -104,7 +104,7 @@ void CudaBackend::adamw_8bit(Tensor& parameter, State8& m, State8& v, const Tens
          device_data<uint8_t>(v.codes), device_data<float>(v.absmax),
          device_data<const float>(gradient), n, device_data<const float>(dynamic_maps_),
          device_data<const double>(grad_scale), adamw_constants(step), float(step.beta1),
-         captured_scalars(), step.weight_decay != 0);
+         captured_adamw(step), step.weight_decay != 0);
 }
 
 }  // namespace graft

@@ -21,7 +21,10 @@ class CudaStep final : public CapturedStep {
   }
 
   void launch(const AdamWStep& adamw) override {
-    const StepScalars scalars{adamw_constants(adamw), uint32_t(adamw.step)};
+    AdamWStep of_a = adamw, of_b = adamw;
+    of_a.for_b = false;
+    of_b.for_b = true;
+    const StepScalars scalars{{adamw_constants(of_a), adamw_constants(of_b)}, uint32_t(adamw.step)};
     staging_.upload(scalars_.raw(), &scalars, sizeof scalars);
     CUDA_CHECK(cudaGraphLaunch(exec_, stream_));
   }
@@ -34,6 +37,11 @@ class CudaStep final : public CapturedStep {
 };
 
 }  // namespace
+
+const AdamWConstants* CudaBackend::captured_adamw(const AdamWStep& step) const {
+  const StepScalars* const scalars = captured_scalars();
+  return scalars ? &scalars->adamw[step.for_b] : nullptr;  // an address, nothing is read
+}
 
 const StepScalars* CudaBackend::captured_scalars() const {
   return capturing_ ? static_cast<const StepScalars*>(scalars_.raw()) : nullptr;

@@ -16,7 +16,8 @@
 
 namespace graft {
 
-struct StepScalars;  // step_scalars.h
+struct AdamWConstants;  // step_scalars.h
+struct StepScalars;
 
 class CudaBackend final : public Backend {
  public:
@@ -135,6 +136,7 @@ class CudaBackend final : public Backend {
 
   // Where the kernels of a step that is being captured find its scalars; null at other times.
   const StepScalars* captured_scalars() const;
+  const AdamWConstants* captured_adamw(const AdamWStep& step) const;
 
   // The weight in `dtype`: itself, a copy, or NF4 widened, which lasts until the next NF4 weight.
   // nf4.cu.

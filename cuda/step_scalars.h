@@ -21,7 +21,7 @@ struct AdamWConstants {
 AdamWConstants adamw_constants(const AdamWStep& step);
 
 struct StepScalars {
-  AdamWConstants adamw;
+  AdamWConstants adamw[2];  // [AdamWStep::for_b]
   uint32_t dropout_step;
 };
 

@@ -83,6 +83,10 @@ ParameterBuffer::Outcome ParameterBuffer::outcome() const {
   return {values[0], values[1]};
 }
 
+bool ParameterBuffer::has_rate_of_b(const std::string& name, const Variable& variable) {
+  return name.find("lora_B") != std::string::npos || variable.value().rank() == 1;
+}
+
 void ParameterBuffer::step(const AdamWStep& adamw, double max_grad_norm) {
   Backend& backend = backend_of(gradients_);
   Tensor squares = outcome_.slice_rows(1, 2);
@@ -91,13 +95,17 @@ void ParameterBuffer::step(const AdamWStep& adamw, double max_grad_norm) {
   // Neighbours that are treated alike are one piece of the buffer.
   const auto alike = [&](const Entry& a, const Entry& b) {
     return a.in_8_bits == b.in_8_bits &&
+           (adamw.lr_ratio == 1 ||
+            has_rate_of_b(a.name, a.variable) == has_rate_of_b(b.name, b.variable)) &&
            (adamw.weight_decay == 0 || has_weight_decay(a.name) == has_weight_decay(b.name));
   };
   for (size_t first = 0, last; first < entries_.size(); first = last) {
     last = first + 1;
     while (last < entries_.size() && alike(entries_[first], entries_[last])) ++last;
     AdamWStep run = adamw;
-    if (!has_weight_decay(entries_[first].name)) run.weight_decay = 0;
+    const Entry& entry = entries_[first];
+    if (!has_weight_decay(entry.name)) run.weight_decay = 0;
+    run.for_b = adamw.lr_ratio != 1 && has_rate_of_b(entry.name, entry.variable);
     update(first, last, run);
   }
   publish();

@@ -41,13 +41,15 @@ class ParameterBuffer {
   void add_loss(const Tensor& loss);  // one element
   // Clips to max_grad_norm (0: no clipping) with torch's clip_grad_norm_ rule, then AdamW; nothing
   // changes where the loss or the norm is not finite. Weight decay spares parameters with "bias" or
-  // "norm" in their name, as the transformers Trainer does.
+  // "norm" in their name, as the transformers Trainer does. With LoRA+ (adamw.lr_ratio) B and the
+  // vectors, such as DoRA's m, have the rate of B, as PEFT's create_loraplus_optimizer has it.
   void step(const AdamWStep& adamw, double max_grad_norm);
   struct Outcome {
     double loss;       // the sum of what add_loss got
     double grad_norm;  // L2 over all gradients, before clipping
   };
   Outcome outcome() const;
+  static bool has_rate_of_b(const std::string& name, const Variable& variable);
 
   Tensor& values() { return values_; }  // flat F32, as the gradients are
   Tensor& gradients() { return gradients_; }

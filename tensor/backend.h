@@ -37,6 +37,11 @@ struct GemmTerm {
 struct AdamWStep {
   double learning_rate, beta1, beta2, epsilon, weight_decay;
   int64_t step;  // from 1: bias correction is 1 - beta^step
+  // LoRA+ (Hayou et al. 2024): B learns lr_ratio times as fast as A.
+  double lr_ratio = 1;
+  bool for_b = false;  // these parameters
+
+  double rate() const { return for_b ? learning_rate * lr_ratio : learning_rate; }
 };
 
 // A moment of AdamW in 8 bits (blockwise8.h): codes (n) U8, absmax F32, one for 256 elements.

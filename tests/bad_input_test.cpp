@@ -242,7 +242,7 @@ TEST_F(BadInput, DataThatCannotBeTrainedOnIsRefusedWithItsLine) {
   refuse("{\"text\": ", "not JSON");
   refuse("\xff", "not JSON");
   refuse("{\"text\": \"\xff\"}", "not JSON");
-  refuse("{\"text\": \"a \\ud83d b\"}", "half a surrogate pair (byte 18)");
+  refuse("{\"text\": \"a \\ud83d b\"}", "half a surrogate pair (byte 19)");
   refuse("[1]", "got array, expected an object");
   refuse("{\"text\": 3}", "text: got number, expected a string");
   refuse("{\"text\": \"a\", \"prompt\": \"b\"}", "leave one of the two");

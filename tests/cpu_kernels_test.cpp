@@ -341,7 +341,7 @@ TEST(CpuKernels, AdamWFollowsTheReferenceForTenSteps) {
     for (int step = 1; step <= 10; ++step) {
       const Tensor g = random_tensor(random, {40001}, DType::F32, 0.01);
       backend.adamw(p, m, v, g, Tensor::from_floats({}, {0.5}, DType::F64),
-                    {1e-3, 0.9, 0.999, 1e-8, 0.1, step});
+                    {1e-3, 0.9, 0.999, 1e-8, 0.1, step, 2, step % 2 == 0});
     }
     return Tensors{p, m, v};
   });

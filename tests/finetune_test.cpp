@@ -351,6 +351,10 @@ TEST_F(Finetune, RefusesWhatDoesNotFitBeforeAnythingIsWritten) {
   o.method = TrainOptions::Method::Full;
   EXPECT_EQ(error(o), "train: lora_layout is given with method full; it needs method lora");
   o = options("out");
+  o.method = TrainOptions::Method::Full;
+  o.loraplus_lr_ratio = 4;
+  EXPECT_EQ(error(o), "train: loraplus_lr_ratio is given with method full; it needs method lora");
+  o = options("out");
   o.device = TrainOptions::DeviceChoice::Cpu;
   o.tune = true;
   EXPECT_EQ(error(o), "train: tune needs a GPU; use device: cuda, or tune: false");

@@ -49,6 +49,7 @@ class Trajectory : public testing::Test {
     o.adam_epsilon = recipe["adam_epsilon"];
     o.weight_decay = recipe["weight_decay"];
     o.max_grad_norm = recipe["max_grad_norm"];
+    o.loraplus_lr_ratio = recipe.value("loraplus_lr_ratio", 1.0);
     o.warmup_steps = recipe["warmup_steps"];
     o.max_steps = recipe["max_steps"];
     EXPECT_EQ(recipe["lr_scheduler_type"], "cosine");
@@ -160,8 +161,8 @@ TEST_P(PeftTrajectory, InBf16IsAsNearToF32AsPeft) {
 
 INSTANTIATE_TEST_SUITE_P(Golden, PeftTrajectory,
                          testing::Values("llama_gqa", "qwen2_tied", "qwen3_tied", "patterns",
-                                         "layers_to_transform", "dora_llama_gqa",
-                                         "dora_qwen2_rslora", "dora_patterns"),
+                                         "layers_to_transform", "loraplus", "dora_llama_gqa",
+                                         "dora_qwen2_rslora", "dora_patterns", "dora_loraplus"),
                          [](const auto& info) { return std::string(info.param); });
 
 // Twenty steps of PEFT's DoRA under our masks: there the base product under m / norm sees the

@@ -74,7 +74,7 @@ Run::Run(TrainOptions& options, const TrainData& data, const RunControl& control
       control_(control),
       model_dir_(model_dir),
       model_(prepare_model(options, model_dir, device)),
-      parameters_(trained_leaves(*model_, options.method), device,
+      parameters_(trained_leaves(*model_, options.method, options.loraplus_lr_ratio), device,
                   options.method == TrainOptions::Method::Full ? Scope::Weights : Scope::Adapters,
                   moments_of(options)),
       loader_(data.train, {.batch_size = options.per_device_train_batch_size,
@@ -180,7 +180,8 @@ StepOutcome Run::train_step(int64_t step) {
                         .beta2 = options_.adam_beta2,
                         .epsilon = options_.adam_epsilon,
                         .weight_decay = options_.weight_decay,
-                        .step = step};
+                        .step = step,
+                        .lr_ratio = options_.loraplus_lr_ratio};
   if (graphs_)
     graphs_->run(inputs, adamw, [&](const StepInputs& here) { compute_step(here, adamw); });
   else

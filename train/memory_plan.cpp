@@ -68,7 +68,7 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
   LoraConfig lora = options.lora;
   lora.use_dora = uses_dora(options);
   if (!full) plan.targets = attach_lora(*model, lora, 0);
-  const auto leaves = trained_leaves(*model, options.method);
+  const auto leaves = trained_leaves(*model, options.method, options.loraplus_lr_ratio);
   for (const auto& [name, leaf] : leaves) plan.trainable_parameters += leaf.value().num_elements();
   for (const auto& [name, linear] : linear_layers(*model)) {
     if (!linear->lora) continue;

@@ -245,6 +245,8 @@ std::vector<Row> optimizer_rows() {
       number(g, "adam_epsilon", at(&O::adam_epsilon), kNotNegative, "AdamW"),
       number(g, "max_grad_norm", at(&O::max_grad_norm), kNotNegative,
              "gradients are clipped to this norm; 0: not at all"),
+      number(g, "loraplus_lr_ratio", at(&O::loraplus_lr_ratio), kPositive,
+             "LoRA+: B learns so many times as fast as A"),
   };
 }
 

@@ -375,6 +375,8 @@ void validate(const TrainOptions& options) {
         "train: adapter is given with method full; it needs method lora");
   CHECK(!full || options.base_adapters.empty(),
         "train: base_adapters is given with method full; it needs method lora");
+  CHECK(!full || options.loraplus_lr_ratio == 1,
+        "train: loraplus_lr_ratio is given with method full; it needs method lora");
   CHECK(options.method != TrainOptions::Method::Qdora,
         "train: method qdora is not supported yet; qlora and dora are methods of their own");
   const bool quantised = is_quantised(options.method);

@@ -48,7 +48,8 @@ struct TrainOptions {
   double min_lr_ratio = 0;
   double weight_decay = 0;
   double adam_beta1 = 0.9, adam_beta2 = 0.999, adam_epsilon = 1e-8;
-  double max_grad_norm = 1;  // 0: no clipping
+  double max_grad_norm = 1;      // 0: no clipping
+  double loraplus_lr_ratio = 1;  // LoRA+: the learning rate of B (and DoRA's m) over that of A
 
   int64_t eval_steps = 0;        // 0: before the first and after the last step only
   int64_t save_steps = 500;      // 0: never

@@ -176,10 +176,15 @@ std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string&
 }
 
 std::vector<std::pair<std::string, Variable>> trained_leaves(Decoder& model,
-                                                             TrainOptions::Method method) {
+                                                             TrainOptions::Method method,
+                                                             double loraplus_lr_ratio) {
   CollectLeaves collect;
   collect.full = method == TrainOptions::Method::Full;
   model.visit("", collect);
+  if (loraplus_lr_ratio != 1)
+    std::stable_partition(collect.leaves.begin(), collect.leaves.end(), [](const auto& leaf) {
+      return !ParameterBuffer::has_rate_of_b(leaf.first, leaf.second);
+    });
   return std::move(collect.leaves);
 }
 

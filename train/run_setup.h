@@ -36,9 +36,12 @@ inline ParameterBuffer::Moments moments_of(const TrainOptions& options) {
                                                              : ParameterBuffer::Moments::F32;
 }
 
-// The trained leaves in model order, with their names; requires_grad is set on all of them.
+// The trained leaves in model order, with their names; requires_grad is set on all of them. With
+// LoRA+ those that learn at the rate of B come last, so that the optimizer has two pieces to
+// update.
 std::vector<std::pair<std::string, Variable>> trained_leaves(Decoder& model,
-                                                             TrainOptions::Method method);
+                                                             TrainOptions::Method method,
+                                                             double loraplus_lr_ratio = 1);
 
 // Everything that the trained bytes depend on: the keys of the options, data, model, adapter.
 std::vector<std::pair<std::string, std::string>> run_result_keys(const TrainOptions& options,

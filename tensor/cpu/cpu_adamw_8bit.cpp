@@ -43,14 +43,14 @@ void CpuBackend::adamw_8bit(Tensor& parameter, State8& m, State8& v, const Tenso
   const double correction1 = 1 - std::pow(step.beta1, double(step.step));
   const double correction2 = 1 - std::pow(step.beta2, double(step.step));
   const Factors factors{float(grad_scale.item()),
-                        float(1 - step.learning_rate * step.weight_decay),
+                        float(1 - step.rate() * step.weight_decay),
                         float(step.beta1),
                         float(1 - step.beta1),
                         float(step.beta2),
                         float(1 - step.beta2),
                         float(std::sqrt(correction2)),
                         float(step.epsilon),
-                        float(step.learning_rate / correction1)};
+                        float(step.rate() / correction1)};
   const int64_t n = parameter.num_elements(), blocks = num_blocks8(n);
   thread_pool().run((blocks + kBlocks - 1) / kBlocks, [&](int64_t piece, int) {
     for (int64_t b = piece * kBlocks; b < std::min(blocks, (piece + 1) * kBlocks); ++b) {

@@ -443,11 +443,10 @@ void CpuBackend::adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tensor& gr
   if (std::isnan(grad_scale.item())) return;
   const double correction1 = 1 - std::pow(step.beta1, double(step.step));
   const double correction2 = 1 - std::pow(step.beta2, double(step.step));
-  const AdamWFactors factors{
-      float(grad_scale.item()), float(1 - step.learning_rate * step.weight_decay),
-      float(step.beta2),        float(1 - step.beta1),
-      float(1 - step.beta2),    float(std::sqrt(correction2)),
-      float(step.epsilon),      float(step.learning_rate / correction1)};
+  const AdamWFactors factors{float(grad_scale.item()), float(1 - step.rate() * step.weight_decay),
+                             float(step.beta2),        float(1 - step.beta1),
+                             float(1 - step.beta2),    float(std::sqrt(correction2)),
+                             float(step.epsilon),      float(step.rate() / correction1)};
   for_each_run(
       parameter.num_elements(),
       [&](int64_t n, char* w, char* first, char* second, const char* g) {

@@ -133,7 +133,7 @@ TEST_F(Nf4OnCuda, UpdatesInEightBitsAsTheReferenceDoes) {
         Tensor to = copy(w);
         State8 first{copy(m.codes), copy(m.absmax)}, second{copy(v.codes), copy(v.absmax)};
         backend.adamw_8bit(to, first, second, gradient, scale,
-                           {1e-3, 0.9, 0.999, 1e-8, 0.01, step});
+                           {1e-3, 0.9, 0.999, 1e-8, 0.01, step, 2, n % 2 == 0});
         std::vector<Tensor> all{to, first.codes, first.absmax, second.codes, second.absmax};
         for (Tensor& t : all) t = t.to(Device::CPU);
         return all;

@@ -438,7 +438,9 @@ TEST_F(SmallKernels, AdamWTakesTheReferencesSteps) {
                          .beta2 = 0.999,
                          .epsilon = 1e-8,
                          .weight_decay = 0.1,
-                         .step = step});
+                         .step = step,
+                         .lr_ratio = 3,
+                         .for_b = offset == 1});
         }
         results.push_back({whole.to(Device::CPU), whole_m.to(Device::CPU), v.to(Device::CPU)});
       }

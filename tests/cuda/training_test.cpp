@@ -121,11 +121,20 @@ TEST_F(CudaTraining, GraphsGiveTheSameBytesWithDora) {
   expect_same_with_graphs(o, "adapter_model.safetensors");
 }
 
+// Two rates in one captured step, both of which the schedule moves.
+TEST_F(CudaTraining, GraphsGiveTheSameBytesWithLoraPlus) {
+  TrainOptions o = options("", 7);
+  o.loraplus_lr_ratio = 4;
+  o.learning_rate = 2e-3;
+  expect_same_with_graphs(o, "adapter_model.safetensors");
+}
+
 TEST_F(CudaTraining, GraphsGiveTheSameBytesWithNf4WeightsAndStateIn8Bits) {
   for (const DType dtype : {DType::F32, DType::BF16}) {
     TrainOptions o = options("", 7);
     o.method = TrainOptions::Method::Qlora;
     o.optim = TrainOptions::Optimizer::AdamW8bit;
+    o.loraplus_lr_ratio = 2;
     o.dtype = dtype;
     o.lora.r = 128;  // leaves large enough for 8 bits
     expect_same_with_graphs(o, "adapter_model.safetensors");

@@ -24,6 +24,8 @@ TRAJECTORIES = {
     "dora_llama_gqa": ("llama_gqa", 411, {}, {"max_grad_norm": 10.0}),
     "dora_qwen2_rslora": ("qwen2_tied", 412, {"use_rslora": True, "lora_alpha": 3}, {}),
     "dora_patterns": ("qwen3_tied", 413, {**PATTERNS, "lora_alpha": 4}, {"weight_decay": 0.01}),
+    "dora_loraplus": ("llama_gqa", 414, {}, {"loraplus_lr_ratio": 8.0, "learning_rate": 2e-3,
+                                             "weight_decay": 0.05}),
 }
 DROPOUT_SEED = 42  # graft's default
 

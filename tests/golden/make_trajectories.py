@@ -2,6 +2,7 @@
 # Loss and gradient are sums over the labelled tokens of both micro-batches, over their number.
 import torch
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import save_file
 from transformers import get_scheduler
 
@@ -21,6 +22,8 @@ CASES = {
     "qwen3_tied": ("qwen3_tied", 203, {}, {"weight_decay": 0.01, "max_grad_norm": 14.0}),
     "patterns": ("qwen3_tied", 204, {**PATTERNS, "lora_alpha": 4}, {}),
     "layers_to_transform": ("llama_gqa", 205, {"layers_to_transform": [1]}, {}),
+    "loraplus": ("qwen3_tied", 209, {}, {"loraplus_lr_ratio": 4.0, "learning_rate": 5e-3,
+                                         "weight_decay": 0.05}),
 }
 SOME_CLIPPED = ("llama_gqa", "qwen3_tied")  # here the norm crosses the bound
 
@@ -56,9 +59,14 @@ def pad(rows):
 def train(model, recipe, batches, split_rows=False):
     """Losses, gradient norms before clipping and learning rates, one of each for every step."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=recipe["learning_rate"], eps=recipe["adam_epsilon"],
-        betas=(recipe["adam_beta1"], recipe["adam_beta2"]), weight_decay=recipe["weight_decay"])
+    keys = {"lr": recipe["learning_rate"], "eps": recipe["adam_epsilon"],
+            "betas": (recipe["adam_beta1"], recipe["adam_beta2"])}
+    if "loraplus_lr_ratio" in recipe:
+        optimizer = create_loraplus_optimizer(
+            model, torch.optim.AdamW, loraplus_lr_ratio=recipe["loraplus_lr_ratio"],
+            loraplus_weight_decay=recipe["weight_decay"], **keys)
+    else:
+        optimizer = torch.optim.AdamW(trained, weight_decay=recipe["weight_decay"], **keys)
     schedule = get_scheduler(recipe["lr_scheduler_type"], optimizer,
                              num_warmup_steps=recipe["warmup_steps"],
                              num_training_steps=recipe["max_steps"])

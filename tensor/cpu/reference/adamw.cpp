@@ -40,13 +40,13 @@ void ReferenceBackend::adamw(Tensor& parameter, Tensor& m, Tensor& v, const Tens
   for (int64_t r = 0; r < parameter.num_rows(); ++r)
     for (int64_t c = 0; c < parameter.cols(); ++c) {
       const double g = grad(r, c) * scale;
-      const double decayed = w.get(r, c) * (1 - step.learning_rate * step.weight_decay);
+      const double decayed = w.get(r, c) * (1 - step.rate() * step.weight_decay);
       const double new_m = first.get(r, c) + (1 - step.beta1) * (g - first.get(r, c));
       const double new_v = step.beta2 * second.get(r, c) + (1 - step.beta2) * g * g;
       first.set(r, c, new_m);
       second.set(r, c, new_v);
       const double denominator = std::sqrt(new_v) / std::sqrt(correction2) + step.epsilon;
-      w.set(r, c, decayed - step.learning_rate / correction1 * new_m / denominator);
+      w.set(r, c, decayed - step.rate() / correction1 * new_m / denominator);
     }
 }
 
@@ -94,9 +94,8 @@ void ReferenceBackend::adamw_8bit(Tensor& parameter, State8& m, State8& v, const
       first[i] = step.beta1 * first[i] + (1 - step.beta1) * g;
       second[i] = step.beta2 * second[i] + (1 - step.beta2) * g * g;
       const double denominator = std::sqrt(second[i]) / std::sqrt(correction2) + step.epsilon;
-      const double decayed = w[begin + int64_t(i)] * (1 - step.learning_rate * step.weight_decay);
-      w[begin + int64_t(i)] =
-          float(decayed - step.learning_rate / correction1 * first[i] / denominator);
+      const double decayed = w[begin + int64_t(i)] * (1 - step.rate() * step.weight_decay);
+      w[begin + int64_t(i)] = float(decayed - step.rate() / correction1 * first[i] / denominator);
     }
     narrow8(m, first, begin / kBlock8, true);
     narrow8(v, second, begin / kBlock8, false);
