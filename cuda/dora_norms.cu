@@ -175,10 +175,11 @@ Round make_round(std::span<const DoraNorm> layers) {
 void CudaBackend::row_squares(Tensor& squares, const Tensor& w) {
   CHECK(squares.dtype() == DType::F32 && squares.is_contiguous(), "row_squares: squares is ",
         dtype_name(squares.dtype()), ", wanted dense F32 on the GPU");
-  dispatch_device(w.dtype(), [&]<class W>(W) {
-    launch(row_squares_kernel<W>, dim3(ceil_div(w.num_rows(), kThreads / 32)), dim3(kThreads), 0,
-           stream_, device_data<float>(squares), device_data<const W>(w), w.row_stride(),
-           w.num_rows(), w.cols());
+  const Tensor wide = is_nf4(w.dtype()) ? widened(w, DType::F32) : w;
+  dispatch_device(wide.dtype(), [&]<class W>(W) {
+    launch(row_squares_kernel<W>, dim3(ceil_div(wide.num_rows(), kThreads / 32)), dim3(kThreads), 0,
+           stream_, device_data<float>(squares), device_data<const W>(wide), wide.row_stride(),
+           wide.num_rows(), wide.cols());
   });
 }
 

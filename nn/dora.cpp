@@ -7,8 +7,6 @@ DoraNorm dora_norm_of(const LoraPair& pair, const Tensor& weight) {
 }
 
 void start_dora(LoraPair& pair, const Tensor& weight) {
-  CHECK(!is_nf4(weight.dtype()), "dora: the weight is NF4, on which DoRA is not supported yet; ",
-        "take the unquantised model");
   Backend& backend = backend_of(weight);
   const auto zeros = [&] {
     return Tensor::zeros({weight.size(0)}, DType::F32, weight.device(), Scope::Adapters);

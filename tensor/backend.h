@@ -77,7 +77,7 @@ struct DoraScale {
 struct DoraNorm {
   Tensor norm;     // (N) F32 (F64)
   Tensor squares;  // (N), |W_n|^2, by row_squares
-  Tensor weight;   // (N, K), any float dtype
+  Tensor weight;   // (N, K), any float dtype or NF4
   Tensor a, b;     // (r, K), (N, r) F32 (F64)
   double scaling = 1;
 };
@@ -189,7 +189,7 @@ class Backend {
                                     Tensor& dup_magnitude, const Tensor& dy, const Tensor& gate,
                                     const Tensor& up, const DoraScale& of_gate,
                                     const DoraScale& of_up) = 0;
-  // squares[n] = sum_k w[n,k]^2. squares (N) F32 (F64); w (N, K), any float dtype.
+  // squares[n] = sum_k w[n,k]^2. squares (N) F32 (F64); w (N, K), any float dtype or NF4.
   virtual void row_squares(Tensor& squares, const Tensor& w) = 0;
   virtual void dora_norms(std::span<const DoraNorm> layers) = 0;
 

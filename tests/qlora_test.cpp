@@ -189,6 +189,27 @@ TEST_F(Qlora, TrainsAsPeftOnBitsandbytes) {
   EXPECT_EQ(largest_difference(path("saved"), path("out")), 0);
 }
 
+// PEFT's DoRA on bitsandbytes' weights: the norm is that of the widened rows.
+TEST_F(Qlora, TrainsDoraAsPeftOnBitsandbytes) {
+  const std::string folder = "tests/golden/trajectories/qdora";
+  const Json golden = read_golden(folder);
+  for (const auto method : {TrainOptions::Method::Qdora, TrainOptions::Method::Qlora}) {
+    TrainOptions o = options(golden);
+    o.method = method;  // the adapter says that it is DoRA
+    o.adapter = folder + "/start";
+    o.output_dir = path(method == TrainOptions::Method::Qdora ? "out" : "again");
+    const TrainResult result = finetune(o, rows(golden));
+    const std::vector<double> losses = golden["losses"], norms = golden["grad_norms"];
+    ASSERT_EQ(result.losses.size(), losses.size());
+    for (size_t i = 0; i < losses.size(); ++i) {
+      EXPECT_NEAR(result.losses[i], losses[i], 1e-5 * losses[i]) << "loss of step " << i + 1;
+      EXPECT_NEAR(result.grad_norms[i], norms[i], 1e-4 * norms[i]) << "norm of step " << i + 1;
+    }
+    EXPECT_LE(largest_difference(o.output_dir, folder + "/final"), 1e-4);
+  }
+  EXPECT_EQ(largest_difference(path("again"), path("out")), 0);
+}
+
 TEST_F(Qlora, InBf16IsAsNearToF32AsPeft) {
   const Json golden = read_golden(kTrajectory);
   TrainOptions o = options(golden);
@@ -243,7 +264,13 @@ TEST_F(Qlora, OptionsThatDoNotFitAreRefusedInOneLine) {
     EXPECT_FALSE(fs::exists(path("out")));
   };
   using O = TrainOptions;
-  refused([](O& o) { o.method = O::Method::Qdora; }, "qdora");
+  refused([](O& o) { o.method = O::Method::Qdora; }, "is plain LoRA, but the method is qdora");
+  refused(
+      [](O& o) {
+        o.method = O::Method::Qdora;
+        o.given.insert("use_dora");
+      },
+      "use_dora is false with method qdora");
   refused([](O& o) { o.lora_layout = LoraLayout::Merged; }, "lora_layout");
   refused(
       [](O& o) {

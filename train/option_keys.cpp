@@ -160,9 +160,9 @@ std::vector<Row> run_rows() {
       method_row(),
       choice<decltype(at(&O::bnb_4bit_quant_type)), std::string>(
           g, "bnb_4bit_quant_type", at(&O::bnb_4bit_quant_type), {{"nf4", "nf4"}},
-          "method qlora: what linear layers are quantised to"),
+          "methods qlora and qdora: what linear layers are quantised to"),
       boolean(g, "bnb_4bit_use_double_quant", at(&O::bnb_4bit_use_double_quant),
-              "method qlora: quantise the scales too"),
+              "methods qlora and qdora: quantise the scales too"),
       text(g, "adapter", at(&O::adapter), "a directory", "start from this adapter").keeps_result(),
       text_list(g, "base_adapters", at(&O::base_adapters), "directories, or DIR:WEIGHT",
                 "frozen adapters on the base, on top of which the trained one learns")

@@ -377,12 +377,7 @@ void validate(const TrainOptions& options) {
         "train: base_adapters is given with method full; it needs method lora");
   CHECK(!full || options.loraplus_lr_ratio == 1,
         "train: loraplus_lr_ratio is given with method full; it needs method lora");
-  CHECK(options.method != TrainOptions::Method::Qdora,
-        "train: method qdora is not supported yet; qlora and dora are methods of their own");
   const bool quantised = is_quantised(options.method);
-  CHECK(
-      !quantised || !options.lora.use_dora,
-      "train: use_dora is given with method qlora; DoRA on a quantised base is not supported yet");
   for (const std::string& name : options.given)
     CHECK(quantised || !is_of_quantisation(name), "train: ", name,
           " is given, but method is not qlora");
@@ -392,9 +387,10 @@ void validate(const TrainOptions& options) {
   CHECK(full || !options.random_init, "train: random_init needs method full");
   CHECK(!full || options.lora_layout == LoraLayout::Plain,
         "train: lora_layout is given with method full; it needs method lora");
-  CHECK(options.method != TrainOptions::Method::Dora || options.lora.use_dora ||
-            !options.given.contains("use_dora"),
-        "train: use_dora is false with method dora; leave one of the two out");
+  CHECK(!is_dora(options.method) || options.lora.use_dora || !options.given.contains("use_dora"),
+        "train: use_dora is false with method ",
+        options.method == TrainOptions::Method::Dora ? "dora" : "qdora",
+        "; leave one of the two out");
   if (full) {
     for (const std::string& name : options.given)
       CHECK(find_option_key(name)->group != Group::Lora || name == "base_model_name_or_path",
@@ -405,8 +401,8 @@ void validate(const TrainOptions& options) {
 }
 
 bool uses_dora(const TrainOptions& options) {
-  return options.method == TrainOptions::Method::Dora ||
-         (options.method == TrainOptions::Method::Lora && options.lora.use_dora);
+  return is_dora(options.method) ||
+         (options.method != TrainOptions::Method::Full && options.lora.use_dora);
 }
 
 std::string resolved_yaml(const TrainOptions& options) {

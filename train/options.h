@@ -77,6 +77,9 @@ struct TrainOptions {
 inline bool is_quantised(TrainOptions::Method method) {
   return method == TrainOptions::Method::Qlora || method == TrainOptions::Method::Qdora;
 }
+inline bool is_dora(TrainOptions::Method method) {
+  return method == TrainOptions::Method::Dora || method == TrainOptions::Method::Qdora;
+}
 
 // Reads the YAML file at `path`. Relative paths in it are relative to its folder. Throws Error
 // "<file>:<line>: <key>: got ..., expected ..." for an unknown, doubled or ill-typed key.
@@ -119,7 +122,7 @@ std::string unknown_flag_hint(
     const std::string& help,
     const std::vector<std::string>& args);  // one line per key, with its default
 
-// method dora, or use_dora: one means the other.
+// method dora or qdora, or use_dora: one means the other.
 bool uses_dora(const TrainOptions& options);
 
 // Threw a command line that cannot be understood: main() says it in one line and exits with 2.

@@ -45,8 +45,9 @@ nlohmann::ordered_json read_json(const std::string& path) {
 void load_start_adapter(Decoder& model, TrainOptions& options) {
   TrainOptions loaded = options;
   loaded.lora = load_adapter(model, options.adapter, {options.allow_other_base});
-  CHECK(loaded.lora.use_dora || options.method != TrainOptions::Method::Dora,
-        "adapter: ", options.adapter, " is plain LoRA, but the method is dora; leave method out");
+  CHECK(loaded.lora.use_dora || !is_dora(options.method), "adapter: ", options.adapter,
+        " is plain LoRA, but the method is ",
+        is_quantised(options.method) ? "qdora; take qlora" : "dora; leave method out");
   loaded.lora.task_type = "CAUSAL_LM";
   loaded.lora.init_lora_weights = options.lora.init_lora_weights;  // nothing is initialised
   loaded.lora.base_model_name_or_path = options.lora.base_model_name_or_path;

@@ -2,8 +2,11 @@
 // factorised form.
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "tensor/cpu/cpu_backend.h"
+#include "tensor/cpu/gemm.h"
+#include "tensor/cpu/gemm_nf4.h"
 #include "tensor/cpu/kernels/table.h"
 #include "tensor/thread_pool.h"
 
@@ -125,7 +128,19 @@ void CpuBackend::dora_swiglu_backward(Tensor& dgate, Tensor& dup, Tensor& dgate_
   }
 }
 
+// NF4: a row at a time, widened.
 void CpuBackend::row_squares(Tensor& squares, const Tensor& w) {
+  if (is_nf4(w.dtype())) {
+    const GemmKernels& widening = gemm_kernels(cpu_choice().path);
+    return for_each_rows(w.num_rows(), [&](int64_t first, int64_t rows) {
+      std::vector<float> row(size_t(w.cols()));
+      for (int64_t n = first; n < first + rows; ++n) {
+        Nf4Matrix{nf4_view(w), w.cols(), DType::F32}.widen(widening, row.data(), n, 1, 0, w.cols());
+        kernels_.row_squares(squares.data<float>() + n, {row.data(), w.cols()}, DType::F32, 1,
+                             w.cols());
+      }
+    });
+  }
   for_each_rows(w.num_rows(), [&](int64_t first, int64_t rows) {
     kernels_.row_squares(squares.data<float>() + first, rows_of(w, first), w.dtype(), rows,
                          w.cols());

@@ -88,32 +88,36 @@ TEST_F(Nf4OnCuda, HasOneScratch) {
 
 // From the start of the golden trajectory: PEFT's losses, and the CPU's.
 TEST_F(Nf4OnCuda, TrainsAsPeftOnBitsandbytes) {
-  const std::string folder = "tests/golden/trajectories/qlora";
-  const auto golden = nlohmann::json::parse(std::ifstream(folder + "/golden.json"));
-  TrainOptions o;
-  o.model = golden["model"];
-  o.method = TrainOptions::Method::Qlora;
-  o.adapter = folder + "/start";
-  o.learning_rate = golden["recipe"]["learning_rate"];
-  o.warmup_steps = golden["recipe"]["warmup_steps"];
-  o.max_steps = golden["recipe"]["max_steps"];
-  o.per_device_train_batch_size = int64_t(golden["batches"][0][0].size());
-  o.gradient_accumulation_steps = int64_t(golden["batches"][0].size());
-  o.shuffle = false;
-  o.save_steps = 0;
-  o.dtype = DType::F32;
-  o.device = TrainOptions::DeviceChoice::Cuda;
-  o.output_dir = path("out");
-  TrainData data;
-  for (const auto& step : golden["batches"])
-    for (const auto& micro_batch : step)
-      for (const auto& row : micro_batch)
-        data.train.rows.push_back({row["input_ids"], row["labels"]});
-  const TrainResult result = finetune(o, data);
-  const std::vector<double> losses = golden["losses"];
-  ASSERT_EQ(result.losses.size(), losses.size());
-  for (size_t i = 0; i < losses.size(); ++i)
-    EXPECT_NEAR(result.losses[i], losses[i], 1e-4 * losses[i]) << "loss of step " << i + 1;
+  using Method = TrainOptions::Method;
+  for (const auto& [name, method] : {std::pair{"qlora", Method::Qlora}, {"qdora", Method::Qdora}}) {
+    SCOPED_TRACE(name);
+    const std::string folder = concat("tests/golden/trajectories/", name);
+    const auto golden = nlohmann::json::parse(std::ifstream(folder + "/golden.json"));
+    TrainOptions o;
+    o.model = golden["model"];
+    o.method = method;
+    o.adapter = folder + "/start";
+    o.learning_rate = golden["recipe"]["learning_rate"];
+    o.warmup_steps = golden["recipe"]["warmup_steps"];
+    o.max_steps = golden["recipe"]["max_steps"];
+    o.per_device_train_batch_size = int64_t(golden["batches"][0][0].size());
+    o.gradient_accumulation_steps = int64_t(golden["batches"][0].size());
+    o.shuffle = false;
+    o.save_steps = 0;
+    o.dtype = DType::F32;
+    o.device = TrainOptions::DeviceChoice::Cuda;
+    o.output_dir = path(name);
+    TrainData data;
+    for (const auto& step : golden["batches"])
+      for (const auto& micro_batch : step)
+        for (const auto& row : micro_batch)
+          data.train.rows.push_back({row["input_ids"], row["labels"]});
+    const TrainResult result = finetune(o, data);
+    const std::vector<double> losses = golden["losses"];
+    ASSERT_EQ(result.losses.size(), losses.size());
+    for (size_t i = 0; i < losses.size(); ++i)
+      EXPECT_NEAR(result.losses[i], losses[i], 1e-4 * losses[i]) << "loss of step " << i + 1;
+  }
 }
 
 // Step by step from one state: a code that is the other of two neighbours moves the next step.

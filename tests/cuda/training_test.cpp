@@ -132,7 +132,7 @@ TEST_F(CudaTraining, GraphsGiveTheSameBytesWithLoraPlus) {
 TEST_F(CudaTraining, GraphsGiveTheSameBytesWithNf4WeightsAndStateIn8Bits) {
   for (const DType dtype : {DType::F32, DType::BF16}) {
     TrainOptions o = options("", 7);
-    o.method = TrainOptions::Method::Qlora;
+    o.method = dtype == DType::F32 ? TrainOptions::Method::Qlora : TrainOptions::Method::Qdora;
     o.optim = TrainOptions::Optimizer::AdamW8bit;
     o.loraplus_lr_ratio = 2;
     o.dtype = dtype;

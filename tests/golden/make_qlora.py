@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config, 
 
 from adapters import factors, save, wrap
 from common import fresh_folder, generator, load_model, logits_of, round9, write_json
+from make_dora import wrap_dora
 from make_trajectories import RECIPE, STEPS, detached, distance, loss_distance, make_batches, train
 
 SEED = 301
@@ -61,8 +62,8 @@ def make_saved(name, base, double_quant):
     return folder
 
 
-def make_trajectory(base, double_quant):
-    folder = fresh_folder("trajectories", "qlora")
+def make_trajectory(base, double_quant, case="qlora", wrap=wrap):
+    folder = fresh_folder("trajectories", case)
     recipe, batches = dict(RECIPE), make_batches(1000 + SEED, STEPS)
     save(wrap(load_model(base), SEED), f"{folder}/start")
 
@@ -85,7 +86,7 @@ def make_trajectory(base, double_quant):
         "losses_bf16": half[0],
         "bf16_distance": {"losses": loss_distance(half[0], losses),
                           "final": distance(half_final, final)}})
-    print(f"qlora: loss {losses[0]:.3f} -> {losses[-1]:.3f}; row by row differs "
+    print(f"{case}: loss {losses[0]:.3f} -> {losses[-1]:.3f}; row by row differs "
           f"{loss_distance(other[0], losses)['max_relative']:.1e}, {distance(other_final, final)}; "
           f"bf16 {distance(half_final, final)}")
 
@@ -112,6 +113,7 @@ def main():
     make_saved("nf4_double", base, True)
     make_saved("nf4_single", base, False)
     make_trajectory(base, True)
+    make_trajectory(base, True, "qdora", wrap_dora)
     make_merged(base)
 
 
