@@ -7,6 +7,7 @@
 #include <chrono>
 #include <thread>
 
+#include "tensor/check.h"
 #include "tests/tiny_run.h"
 
 namespace graft {
@@ -68,6 +69,29 @@ TEST_F(TrainCommand, TrainsFromAFileWithOneLinePerStepInAPipe) {
   EXPECT_TRUE(fs::exists(path("out/adapter_model.safetensors")));
   EXPECT_TRUE(fs::exists(path("out/adapter_config.json")));
   EXPECT_EQ(metrics("out").size(), 3u);
+}
+
+// Qwen3-4B's counts at r 16 and 32 are PEFT's; Llama-3.1-8B's follow from r times the sum of in and
+// out over the seven projections of 32 layers.
+TEST_F(TrainCommand, InfoPrintsTheRanksThatGuidesGive) {
+  const auto info = [&](const std::string& model) {
+    const Outcome outcome =
+        shell("$GRAFT info " + fs::absolute("bench/models/" + model + ".json").string());
+    EXPECT_EQ(outcome.status, 0) << outcome.err;
+    return outcome.out;
+  };
+  const auto expect = [](const std::string& text, const std::string& part) {
+    EXPECT_NE(text.find(part), std::string::npos) << "wanted: " << part << "\n" << text;
+  };
+  const std::string small = info("qwen3-4b"), large = info("llama-3.1-8b");
+  expect(small, "guides give r 16 to 32 for 4.0 B parameters");
+  expect(small, "\n    16         33030144   0.8145%");
+  expect(small, "\n    32         66060288   1.6157%");
+  expect(large, "guides give r 32 to 64 for 8.0 B parameters");
+  const int64_t per_layer = (4096 + 4096) * 2 + (4096 + 1024) * 2 + (4096 + 14336) * 3,
+                per_rank = 32 * per_layer;
+  expect(large, concat("\n    32 ", std::string(8, ' '), 32 * per_rank));
+  expect(large, concat("\n    64 ", std::string(7, ' '), 64 * per_rank));
 }
 
 TEST_F(TrainCommand, FlagsAloneAreEnough) {

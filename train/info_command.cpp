@@ -81,6 +81,34 @@ void print_memory(const MemoryPlan& plan, const TrainOptions& options, const Mod
       "all but the mapped weights; blocks are cached between steps");
 }
 
+// Ranks as guides to LoRA give them, by the size of the model; the border between two classes lies
+// halfway between the sizes that they name.
+std::pair<int64_t, int64_t> guide_ranks(int64_t parameters) {
+  if (parameters <= int64_t(5'500'000'000)) return {16, 32};
+  if (parameters <= int64_t(11'000'000'000)) return {32, 64};
+  return {64, 128};
+}
+
+void print_guide(const MemoryPlan& plan, const TrainOptions& options, const ModelConfig& config) {
+  const int64_t base = num_parameters(config);
+  const auto [least, most] = guide_ranks(base);
+  std::printf(
+      "\nguides give r %lld to %lld for %.1f B parameters (16-32 up to 4 B, 32-64 for 7-8 B, "
+      "64-128 "
+      "above 14 B)\n%6s %16s %9s %18s\n",
+      (long long)least, (long long)most, double(base) * 1e-9, "r", "trainable", "of all",
+      "anonymous memory");
+  for (const int64_t r : {least, most}) {
+    TrainOptions at = options;
+    at.lora.r = r;
+    const MemoryPlan planned = r == options.lora.r ? plan : plan_memory(config, at, config.dtype);
+    std::printf("%6lld %16lld %8.4f%% %14.1f MiB\n", (long long)r,
+                (long long)planned.trainable_parameters,
+                100 * double(planned.trainable_parameters) / double(planned.all_parameters),
+                double(planned.anonymous) / (1 << 20));
+  }
+}
+
 }  // namespace
 
 int info_command(int argc, char** argv) {
@@ -122,6 +150,7 @@ int info_command(int argc, char** argv) {
               trainable_parameters_line(plan.trainable_parameters, plan.all_parameters).c_str());
   if (!plan.targets.empty()) print_modules(plan);
   print_memory(plan, options, config);
+  if (!plan.targets.empty()) print_guide(plan, options, config);
   return 0;
 }
 
