@@ -54,8 +54,8 @@ CUDA_OBJ  := $(BUILD)/obj/cuda/no_cuda.o
 CUDA_LIBS :=
 else
 CUDA_HOME := $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
-# The card's own architecture, or two that cover most, and PTX for the rest. sm_90a: Hopper's own instructions.
-CARD      := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
+# The card's own architecture (kernels need 8.0), or two that cover most, and PTX for the rest. sm_90a: Hopper's own instructions.
+CARD      := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n 's/^\([0-9]\+\)\.\([0-9]\)$$/\1\2/p' | awk '$$1 >= 80' | head -n 1)
 CUDA_ARCH ?= $(if $(CARD),$(CARD:90=90a),80 90a)
 GENCODE   := $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_80,code=compute_80
 CUDA_OBJ  := $(patsubst %.cu,build/nvcc/%.o,$(wildcard cuda/*.cu)) $(CUDA_SRC:%.cpp=build/nvcc/%.o)

@@ -45,6 +45,12 @@ if [ "$what" = kit ]; then
   cp bench/models/*.json "$folder/bench/models/"
   cp bench/run_kit.sh "$folder/run.sh"
   echo "$commit" >"$folder/COMMIT"
+  # What the tests on the device read.
+  for data in models adapters stacks quantised trajectories/qlora trajectories/qdora; do
+    mkdir -p "$folder/tests/golden/$(dirname "$data")"
+    cp -r "tests/golden/$data" "$folder/tests/golden/$data"
+  done
+  rm -f "$folder"/tests/golden/models/*/golden.json
   bundle "$folder"
   licences libgtest-dev >"$folder/LICENSES.txt"
   megabytes=$(($(du -s --apparent-size -B 1 "$folder" | cut -f 1) / 1000000 + 1))

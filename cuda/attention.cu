@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(kWarps1 * 32)
 #pragma unroll
     for (int i = 0; i < kLaneDims; ++i) sum[i] = sum[i] * rescale + p * other[i];
   }
-  store_row(out + (token * n.heads + head) * D, sum, total > 0 ? 1 / total : 0.f, D);
-  if (threadIdx.x % 32 == 0) lse[head * n.tokens + token] = most + (total > 0 ? logf(total) : 0.f);
+  store_row(out + (token * n.heads + head) * D, sum, total != 0 ? 1 / total : 0.f, D);
+  if (threadIdx.x % 32 == 0) lse[head * n.tokens + token] = most + (total != 0 ? logf(total) : 0.f);
 }
 
 // attention_backward, variant 1: one warp per row of dq, or per row of dk and dv.
@@ -268,12 +268,12 @@ __global__ void __launch_bounds__(kWarps2 * 32)
     const float all = warp_sum(total[r]);  // every lane takes part, also for rows past the end
     if (first_row + r >= tile.queries) continue;
     const int64_t token = int64_t(tile.q_begin) + first_row + r;
-    if (lane == 0) lse[head * n.tokens + token] = most[r] + (all > 0 ? logf(all) : 0.f);
+    if (lane == 0) lse[head * n.tokens + token] = most[r] + (all != 0 ? logf(all) : 0.f);
 #pragma unroll
     for (int i = 0; i < kSlots; ++i)
       if (lane + 32 * i < D)
         out[(token * n.heads + head) * D + lane + 32 * i] =
-            round_to<T>(all > 0 ? sum[r][i] / all : 0.f);
+            round_to<T>(all != 0 ? sum[r][i] / all : 0.f);
   }
 }
 

@@ -208,10 +208,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int half = 0; half < 2; ++half) {
     const float all = quad_sum(total[half]);  // every lane takes part, also for rows past the end
     const int r = row + lane / 4 + half * 8;
-    factor[half] = all > 0 ? 1 / all : 0.f;
+    factor[half] = all != 0 ? 1 / all : 0.f;
     if (lane % 4 == 0 && r < tile.queries)
       lse[head * n.tokens + tile.q_begin + r] =
-          all > 0 ? most[half] * n.scale + log2f(all) * kLn2 : -INFINITY;
+          all != 0 ? most[half] * n.scale + log2f(all) * kLn2 : -INFINITY;
   }
   store_rows<kDim>(out, sum, factor, tile.q_begin, row, tile.queries, n.heads, head);
 }

@@ -230,12 +230,12 @@ __global__ void __launch_bounds__(256)
       if (lane + 32 * i < n.head_dim)
         sum[i] += weight * partial[(from + s) * n.head_dim + lane + 32 * i];
   }
-  if (lane == 0) lse[head * n.tokens + token] = most + (total > 0 ? logf(total) : 0.f);
+  if (lane == 0) lse[head * n.tokens + token] = most + (total != 0 ? logf(total) : 0.f);
 #pragma unroll
   for (int i = 0; i < kMaxHeadDim / 32; ++i)
     if (lane + 32 * i < n.head_dim)
       out[(token * n.heads + head) * n.head_dim + lane + 32 * i] =
-          round_to<T>(total > 0 ? sum[i] / total : 0.f);
+          round_to<T>(total != 0 ? sum[i] / total : 0.f);
 }
 
 // f(N, slots, lanes) for rows of head_dim elements of T, read 16 bytes at a time where `wide`.

@@ -42,9 +42,9 @@ struct Softmax {
 };
 __device__ Softmax merge(Softmax a, Softmax b) {
   const float most = fmaxf(a.most, b.most);
-  // Two empty parts would be inf - inf.
-  const float from_a = a.sum > 0 ? a.sum * expf(a.most - most) : 0;
-  const float from_b = b.sum > 0 ? b.sum * expf(b.most - most) : 0;
+  // Two empty parts would be inf - inf. A sum that is NaN stays NaN.
+  const float from_a = a.sum != 0 ? a.sum * expf(a.most - most) : 0;
+  const float from_b = b.sum != 0 ? b.sum * expf(b.most - most) : 0;
   return {most, from_a + from_b};
 }
 

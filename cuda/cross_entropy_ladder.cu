@@ -31,8 +31,7 @@ __device__ inline float block_sum(float x, float* part) {
   return x;
 }
 
-// cross_entropy, rung 2: one block per row, three passes.     (1: one thread per row, 3: online
-// sum)
+// cross_entropy, rung 2: one block per row, three passes.   (1: a thread per row, 3: online sum)
 //   loss[n] = m + log(s) - z[n,label[n]],  m = max_c z[n,c],  s = sum_c exp(z[n,c] - m)
 //   z[n,c] = scale (exp(z[n,c] - m) / s - (c == label[n]))
 // Shapes    losses (N) F32; z (N, V) F32 or BF16, rows strided; labels (N) I32.

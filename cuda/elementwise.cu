@@ -33,10 +33,10 @@ struct AddScaled {
 // elementwise: fill, copy, scale, scale_by, add, axpy.
 //   y[r,c] = op(a[r,c], b[r,c])
 // Shapes    y, a, b (R, C), each F32, BF16 or F16, rows strided; y may be a or b.
-// Mapping   a thread owns N neighbours of a row: 16 bytes of the narrowest type where rows allow
-// it. Bytes     RC elements of y written, and of each input read. T=16384, H=4096, BF16, add: 403
-// MB. Roofline  84 us at 4.8 TB/s (H200 peak). Measured: - Numerics  F32, one rounding at the
-// store.
+// Mapping   a thread owns N neighbours of a row: 16 bytes of the narrowest type where rows allow.
+// Bytes     RC elements of y written, and of each input read. T=16384, H=4096, BF16, add: 403 MB.
+// Roofline  84 us at 4.8 TB/s (H200 peak). Measured: -
+// Numerics  F32, one rounding at the store.
 template <class Op, class Y, class X, int N>
 __global__ void __launch_bounds__(kThreads)
     elementwise_kernel(Y* y, int64_t y_stride, const Y* a_same, const X* a, int64_t a_stride,
@@ -105,9 +105,8 @@ __global__ void narrow_kernel(float* y, const double* x, int64_t n) {
 // sum_rows.
 //   db[c] = (db[c] +) sum_r dy[r,c]
 // Shapes    db (C) F32; dy (R, C) F32 or BF16, rows strided.
-// Mapping   block = 32 columns x 8 walkers; walker w adds rows w, w + 8, ..., then walker 0 adds
-// the
-//           eight sums in order.
+// Mapping   block = 32 columns x 8 walkers; walker w adds rows w, w + 8, ..., then walker 0
+//           adds the eight sums in order.
 // Bytes     RC elements read. T=16384, C=4096, BF16: 134 MB.
 // Roofline  28 us at 4.8 TB/s (H200 peak); C = 4096 has 128 blocks, fewer than an H200 has
 //           multiprocessors. Measured: -

@@ -13,8 +13,7 @@ namespace {
 
 constexpr int kUpCols = 32, kUpRows = 8;  // of a block of lora_1_up
 
-// lora_linear, variants 1 and 2: the low-rank part, by itself.                      (3:
-// lora_3_fused)
+// lora_linear, variants 1 and 2: the low-rank part, by itself.    (3: lora_3_fused)
 //   y[m,n] += factor * sum over r of u[m,r] B[n,r]
 // Shapes    y (M, N), u (M, r), B (N, r) BF16, rows strided.
 // Mapping   block = 32 x 8 threads = 32 columns of 8 rows; one thread per output.
@@ -42,10 +41,9 @@ using SkinnyTile = GemmTile<64, kN, 16, kN, 4>;
 // lora_linear, variants 2 and 3: u = x A^T, split over K.                       (1: gemm_7_large)
 //   partial[s,m,j] = sum over k of slice s of x[m,k] A[j,k]
 // Shapes    x (M, K), A (r, K) BF16, rows strided; partial (slices, M, r) F32.
-// Mapping   block (x, y, z) = 4 warps = 64 rows of x, slice y of K, kN rows of A from z kN on; a
-// warp
-//           owns 16 rows. Variant 1's tiles, 128 x 256, would be one column of M/128 blocks, most
-//           of the GPU idle and 15/16 of each tile empty.
+// Mapping   block (x, y, z) = 4 warps = 64 rows of x, slice y of K, kN rows of A from z kN on;
+//           a warp owns 16 rows. Variant 1's tiles, 128 x 256, would be one column of M/128 blocks,
+//           most of the GPU idle and 15/16 of each tile empty.
 // Bytes     x once: 2MK, and A from L2. M=K=4096: 34 MB.
 // Roofline  7 us at 4.8 TB/s (H200 peak). Measured: -
 // Numerics  F32 within a slice. The slices follow from M, K and r alone: one order on every device.

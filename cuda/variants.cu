@@ -430,7 +430,8 @@ LadderFamily attention_backward_family() {
                 {2, "shared tiles", "A block owns rows and walks over tiles of the other side.",
                  "attention.cu", "attention_backward_2_tiled<__nv_bfloat16, 4, 8, true>"},
                 {3, "tensor cores",
-                 "The same walk with five products a tile on tensor cores, in BF16.",
+                 "Two such walks on tensor cores, in BF16: three products a tile for dq, four for "
+                 "dk and dv.",
                  "attention_3_mma.cu", "attention_backward_3_kernel<128, true>"}},
       .costs = attention_backward_costs,
       .make = make_attention_backward,

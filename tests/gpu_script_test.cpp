@@ -47,11 +47,12 @@ class GpuScript : public testing::Test {
     fs::permissions(path, fs::perms::owner_all);
   }
   // The exit status; what it printed is in printed_.
-  int run(const std::string& parts) {
+  int run(const std::string& parts, const std::string& tools = "") {
     const std::string at = folder_.string();
     const int status = std::system(
-        ("PATH=/usr/bin:/bin PEERS_PYTHON=/bin/false COMMIT=c0ffee BIN=" + at + " OUT=" + at +
-         "/out LOG=" + at + "/log bench/gpu.sh " + parts + " >" + at + "/printed 2>&1")
+        ("PATH=" + tools + "/usr/bin:/bin PEERS_PYTHON=/bin/false COMMIT=c0ffee BIN=" + at +
+         " OUT=" + at + "/out LOG=" + at + "/log bench/gpu.sh " + parts + " >" + at +
+         "/printed 2>&1")
             .c_str());
     printed_ = read(folder_ / "printed");
     return WEXITSTATUS(status);
@@ -69,6 +70,55 @@ TEST_F(GpuScript, SaysThatThereIsNoGpuAndEndsWith2) {
     EXPECT_EQ(printed_, "gpu: no NVIDIA driver on this machine; nothing was run\n");
   }
   EXPECT_TRUE(fs::is_empty(folder_ / "out"));
+}
+
+// A tool that says that something is not supported may have found something all the same.
+TEST_F(GpuScript, WhatTheSanitizerFoundIsNotTakenForAToolThatDoesNotWork) {
+  const auto sanitizer = [&](const std::string& body) {
+    program("tools/compute-sanitizer", body);
+    fs::remove_all(folder_ / "out");
+    fs::create_directories(folder_ / "out");
+    return run("test", folder_.string() + "/tools:");
+  };
+  EXPECT_EQ(sanitizer("echo '= Program hit CUDA_ERROR_NOT_SUPPORTED: operation not supported'\n"
+                      "echo '= Invalid __global__ write of size 4 bytes'\n"
+                      "echo '= ERROR SUMMARY: 7 errors'\nexit 9\n"),
+            1);
+  EXPECT_NE(printed_.find("found errors: ERROR SUMMARY: 7 errors"), std::string::npos) << printed_;
+  EXPECT_EQ(sanitizer("echo '= Internal Sanitizer Error: device not supported'\nexit 3\n"), 0);
+  EXPECT_NE(printed_.find("does not work here"), std::string::npos) << printed_;
+  EXPECT_EQ(sanitizer("echo '= ERROR SUMMARY: 0 errors'\n"), 0);
+}
+
+TEST_F(GpuScript, TestsThatRanNothingAreAFailure) {
+  program("cuda_tests", "true\n");
+  EXPECT_EQ(run("test"), 1) << printed_;
+  program("cuda_tests", "echo '0 passed, 0 failed, 900 skipped'\n");
+  EXPECT_EQ(run("test"), 1) << printed_;
+}
+
+TEST_F(GpuScript, RefusesAPartThatItDoesNotKnowBeforeItRunsAny) {
+  EXPECT_EQ(run("test bogus"), 1);
+  EXPECT_NE(printed_.find("unknown part bogus"), std::string::npos) << printed_;
+  EXPECT_EQ(printed_.find("== test"), std::string::npos) << printed_;
+}
+
+// The kit has what the tests on the device read: the folders that they name.
+TEST_F(GpuScript, TheKitHoldsTheDataOfItsTests) {
+  for (const char* name : {"graft", "cuda_tests", "bench/train_step", "bench/cuda_kernels",
+                           "bench/cuda_ladder", "bench/gpu_results"})
+    program(name, "true\n");
+  const std::string kit = (folder_ / "kit").string();
+  ASSERT_EQ(std::system(
+                ("bench/pack.sh kit " + folder_.string() + " " + kit + " >/dev/null 2>&1").c_str()),
+            0);
+  for (const char* file :
+       {"tests/golden/models/qwen3_tied/model.safetensors", "tests/golden/stacks/mixed_ranks.json",
+        "tests/golden/adapters/patterns/adapter_model.safetensors",
+        "tests/golden/quantised/base/model.safetensors",
+        "tests/golden/trajectories/qdora/start/adapter_model.safetensors",
+        "tests/golden/trajectories/qlora/golden.json", "bench/models/qwen3-4b.json"})
+    EXPECT_TRUE(fs::exists(fs::path(kit) / file)) << file;
 }
 
 TEST_F(GpuScript, RecordsEveryPartWithCommitAndDevice) {

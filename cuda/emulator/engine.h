@@ -183,7 +183,7 @@ class Engine {
   size_t scheduler_stack_bytes_ = 0;
   char *arena_, *stacks_;
   size_t arena_used_ = 0;
-  uint64_t rng_ = 1;
+  uint64_t rng_ = 1, launches_ = 0;
   bool failed_ = false;
   void (*body_)(void*) = nullptr;
   void* context_ = nullptr;

@@ -169,6 +169,26 @@ TEST_F(Attention, RowsWithoutKeysAreZero) {
   }
 }
 
+// What is not a number stays that, in the rows that see it and in no other.
+TEST_F(Attention, NotANumberIsNotLost) {
+  for (int rung : {1, 2, 3})
+    for (DType dtype : {DType::F32, DType::BF16}) {
+      const Case c = {{70}, {70}, 2, 1, 64, dtype};
+      Expected e(c, false);
+      Tensor key = e.k.slice_rows(40, 41);
+      reference_backend().fill(key, NAN);
+      reference_backend().attention_forward(e.out, e.lse, e.q, e.k, e.v, e.cu_q, e.cu_k, e.scale);
+      if (!attention_rung_supports(rung, e.q)) continue;
+      const AttentionForward f = forward_args(e);
+      attention_forward_rung(rung, f, stream());
+      for (const auto& [actual, expected] : {std::pair{f.out, e.out}, {f.lse, e.lse}}) {
+        const std::vector<double> a = actual.to_doubles(), b = expected.to_doubles();
+        for (size_t i = 0; i < b.size(); ++i)
+          ASSERT_EQ(std::isnan(a[i]), std::isnan(b[i])) << c.name(rung) << ", element " << i;
+      }
+    }
+}
+
 TEST_F(Attention, LargeScoresStayFinite) {
   for (int rung : {1, 2, 3}) {
     const Case c = {{40}, {40}, 2, 1, 64, DType::BF16};

@@ -145,6 +145,24 @@ TEST_F(Ladder, EveryCrossEntropyBearsALargeLogitAnywhere) {
   check_problem(family, problem, sizes, 1, stream());
 }
 
+// A logit that is not a number, wherever it stands, makes the loss of its row that.
+TEST_F(Ladder, EveryCrossEntropyKeepsWhatIsNotANumber) {
+  const LadderFamily family = family_named("cross_entropy");
+  LadderProblem problem = family.make(Sizes{5, 1003});
+  std::vector<double> values = problem.outputs[1].to_doubles();
+  for (const size_t place : {0 * 1003 + 0, 2 * 1003 + 700, 3 * 1003 + 1002}) values[place] = NAN;
+  problem.outputs[1] =
+      Tensor::from_floats(problem.outputs[1].shape(), values, problem.outputs[1].dtype());
+  for (const LadderRung& rung : family.rungs) {
+    LadderProblem device = on_device(problem);
+    family.run(rung.number, device, stream());
+    const std::vector<double> losses = device.outputs[0].to_doubles();
+    for (size_t row = 0; row < 5; ++row)
+      EXPECT_EQ(std::isnan(losses[row]), row == 0 || row == 2 || row == 3)
+          << describe(family, rung, Sizes{5, 1003}) << ", row " << row;
+  }
+}
+
 TEST_F(Ladder, EveryAttentionIsTheReferences) {
   for (const Sizes& sizes : {Sizes{2, 19, 4, 2, 64}, Sizes{1, 67, 2, 1, 128}}) {
     check_family("attention", sizes, 1, stream());

@@ -154,7 +154,8 @@ std::vector<size_t> cases_with_products() {
   const std::vector<OpCase> all = op_cases(kTinySizes);
   for (size_t i = 0; i < all.size(); ++i)
     if (all[i].name.find("linear") != std::string::npos ||
-        all[i].name.find("lora") != std::string::npos)
+        all[i].name.find("lora") != std::string::npos ||
+        all[i].name.find("low_rank") != std::string::npos)
       found.push_back(i);
   return found;
 }
