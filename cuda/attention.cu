@@ -130,6 +130,13 @@ __global__ void __launch_bounds__(kWarps1 * 32)
   if (kOwnsKeys) store_row(d2 + own, sum2, 1.f, D);
 }
 
+// attention_delta.
+//   delta[h,t] = sum_c dout[t,h,c] out[t,h,c]
+// Shapes    dout, out (T, heads, D) F32 or BF16, dense; delta (heads, T) F32.
+// Mapping   a warp owns a token's head; lane i multiplies columns i, i + 32, ...
+// Bytes     2 T heads D elements read. T=16384, 32 heads of 128, BF16: 268 MB.
+// Roofline  56 us at 4.8 TB/s (H200 peak). Measured: -
+// Numerics  F32.
 template <class T>
 __global__ void __launch_bounds__(256)
     attention_delta_kernel(float* delta, const T* dout, const T* out, int64_t tokens, int heads,
