@@ -94,18 +94,19 @@ class Tiles {
   }
   template <int Sum, int A, int B>
   void multiply_add() {
-    for (int i = 0; i < rows_[Sum]; ++i)
-      for (int j = 0; j < kTile; ++j) {
-        float even = 0, odd = 0;
-        for (int w = 0; w < words_; ++w) {
-          even = __builtin_fmaf(half(tiles_[A][i][w], 0), half(tiles_[B][w][j], 0), even);
-          odd = __builtin_fmaf(half(tiles_[A][i][w], 1), half(tiles_[B][w][j], 1), odd);
+    for (int i = 0; i < rows_[Sum]; ++i) {
+      float even[kTile] = {}, odd[kTile] = {}, sums[kTile];
+      for (int w = 0; w < words_; ++w) {
+        const float x = half(tiles_[A][i][w], 0), y = half(tiles_[A][i][w], 1);
+        for (int j = 0; j < kTile; ++j) {
+          even[j] = __builtin_fmaf(x, half(tiles_[B][w][j], 0), even[j]);
+          odd[j] = __builtin_fmaf(y, half(tiles_[B][w][j], 1), odd[j]);
         }
-        float sum;
-        __builtin_memcpy(&sum, &tiles_[Sum][i][j], sizeof sum);
-        sum += even + odd;
-        __builtin_memcpy(&tiles_[Sum][i][j], &sum, sizeof sum);
       }
+      __builtin_memcpy(sums, tiles_[Sum][i], sizeof sums);
+      for (int j = 0; j < kTile; ++j) sums[j] += even[j] + odd[j];
+      __builtin_memcpy(tiles_[Sum][i], sums, sizeof sums);
+    }
   }
 
  private:
