@@ -1,6 +1,10 @@
 #include "models/adapter.h"
 
+#include <algorithm>
+#include <map>
+
 #include "models/nearest_name.h"
+#include "models/replaced_parameters.h"
 #include "tensor/backend.h"
 
 namespace graft {
@@ -55,6 +59,35 @@ void fill_pairs(const std::vector<NamedLinear>& layers, const AdapterFile& file)
   }
 }
 
+// Puts what the file has in the place of the base's biases and whole modules.
+void put_replaced(Decoder& model, const AdapterFile& file) {
+  const std::vector<std::string> wanted = replaced_parameters(model, file.config);
+  const auto is_wanted = [&](const std::string& name) {
+    return std::find(wanted.begin(), wanted.end(), name) != wanted.end();
+  };
+  for (const auto& [name, own] : file.replaced)
+    CHECK(is_wanted(name), file.directory, ": '", name, "' has no place in this model (",
+          model.config().architecture, ", ", model.config().num_hidden_layers,
+          " layers); is the adapter for another model or family?");
+  struct Shapes : Visitor {
+    std::map<std::string, Shape> of;
+    void parameter(const std::string& name, Variable& value) override { of[name] = value.shape(); }
+  } shapes;
+  model.visit("", shapes);
+  shapes.of.try_emplace("lm_head.weight", model.lm_head.weight.shape());  // where it is tied
+  for (const std::string& name : wanted) {
+    const auto own = std::find_if(file.replaced.begin(), file.replaced.end(),
+                                  [&](const auto& one) { return one.first == name; });
+    CHECK(own != file.replaced.end(), file.directory, ": the tensor of '", name,
+          "' is missing, but ", is_bias(name) ? "bias" : "modules_to_save",
+          " of adapter_config.json asks for it; do the two files belong together?");
+    CHECK(own->second.shape() == shapes.of.at(name), file.directory, ": '", name, "' is ",
+          own->second.shape(), ", expected ", shapes.of.at(name),
+          "; is this the base model of the adapter?");
+  }
+  for (const auto& [name, own] : file.replaced) replace_parameter(model, name, own);
+}
+
 }  // namespace
 
 void attach_adapter(Decoder& model, const AdapterFile& file, const AdapterChecks& checks) {
@@ -64,11 +97,14 @@ void attach_adapter(Decoder& model, const AdapterFile& file, const AdapterChecks
   const auto layers = linear_layers(model);
   check_fits(file, layers, model.config());
   try {
+    restore_parameters(model);
     attach_lora(layers, file.config, 0);
     fill_pairs(layers, file);
+    put_replaced(model, file);
     model.refresh_adapters();
   } catch (const Error& error) {
     for (const auto& layer : layers) layer.linear->lora.reset();  // never half an adapter
+    restore_parameters(model);
     const std::string text = error.what();
     if (text.find(directory) != std::string::npos) throw;
     fail(directory, ": ", text);
@@ -91,6 +127,8 @@ void save_adapter(Decoder& model, const LoraConfig& config, const std::string& d
     const Tensor magnitude = pair.magnitude.defined() ? pair.magnitude.value() : Tensor();
     file.modules.push_back({name, pair.a.value(), pair.b.value(), magnitude, pair.scaling});
   }
+  for (const ReplacedParameter& one : model.replaced)
+    if (one.adapter == 0) file.replaced.emplace_back(one.name, one.own.value());
   write_adapter(file, directory);
 }
 

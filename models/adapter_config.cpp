@@ -28,6 +28,7 @@ const std::set<std::string> kUnderstood = {"r",
                                            "task_type",
                                            "base_model_name_or_path",
                                            "bias",
+                                           "modules_to_save",
                                            "peft_type",
                                            "auto_mapping",
                                            "inference_mode",
@@ -102,8 +103,19 @@ void check_keys(const Reader& reader) {
          ", which is not supported; expected it off or absent, so the adapter is refused rather "
          "than half applied");
   }
-  CHECK(reader.text("bias").empty() || reader.text("bias") == "none", reader.where, ": bias is \"",
-        reader.text("bias"), "\", expected \"none\"; trained biases are not supported");
+}
+
+void read_parts_of_base(const Reader& reader, LoraConfig& config) {
+  const std::string bias = reader.text("bias");
+  if (bias == "lora_only")
+    config.bias = LoraConfig::Bias::LoraOnly;
+  else if (bias == "all")
+    config.bias = LoraConfig::Bias::All;
+  else if (!bias.empty() && bias != "none")
+    reader.wrong("bias", bias, "\"none\", \"lora_only\" or \"all\"");
+  bool is_text = false;
+  reader.names("modules_to_save", config.modules_to_save, is_text);
+  if (is_text) reader.wrong("modules_to_save", config.modules_to_save[0], "a list of names");
 }
 
 void read_layers(const Reader& reader, LoraConfig& config) {
@@ -176,6 +188,7 @@ LoraConfig parse_adapter_config(const Json& json, const std::string& where) {
   }
   config.use_rslora = reader.boolean("use_rslora");
   config.use_dora = reader.boolean("use_dora");
+  read_parts_of_base(reader, config);
   read_init(reader, config);
   config.task_type = reader.text("task_type");
   config.base_model_name_or_path = reader.text("base_model_name_or_path");
@@ -211,7 +224,7 @@ std::string format_adapter_config(const LoraConfig& config,
       {"lora_dropout", config.lora_dropout},
       {"megatron_config", nullptr},
       {"megatron_core", "megatron.core"},
-      {"modules_to_save", nullptr},
+      {"modules_to_save", as_names(config.modules_to_save, false)},
       {"peft_type", "LORA"},
       {"r", config.r},
       {"rank_pattern", ranks},
@@ -222,6 +235,8 @@ std::string format_adapter_config(const LoraConfig& config,
       {"use_dora", config.use_dora},
       {"use_rslora", config.use_rslora},
   };
+  if (config.bias != LoraConfig::Bias::None)
+    json["bias"] = config.bias == LoraConfig::Bias::All ? "all" : "lora_only";
   if (config.init_lora_weights == LoraConfig::Init::Gaussian)
     json["init_lora_weights"] = "gaussian";
   if (config.init_lora_weights == LoraConfig::Init::Random) json["init_lora_weights"] = false;

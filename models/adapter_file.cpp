@@ -22,7 +22,8 @@ const char* const kConfigFile = "adapter_config.json";
 const char* const kWeightsFile = "adapter_model.safetensors";
 const std::string kPrefix = "base_model.model.";
 const std::string kA = ".lora_A.weight", kB = ".lora_B.weight",
-                  kMagnitude = ".lora_magnitude_vector";
+                  kMagnitude = ".lora_magnitude_vector", kBaseLayer = ".base_layer",
+                  kBias = ".bias", kWeight = ".weight";
 
 // Orders modules as a model computes them: by layer number, then q, k, v, o, gate, up, down.
 std::pair<int64_t, std::string> model_order(const std::string& name) {
@@ -72,6 +73,7 @@ class Reader {
 
  private:
   void sort_names() {
+    std::vector<const SafetensorsEntry*> others;
     for (const SafetensorsEntry& entry : file_.entries()) {
       const std::string& name = entry.name;
       const auto take = [&](const std::string& suffix, size_t which) {
@@ -80,7 +82,17 @@ class Reader {
         halves_[name.substr(kPrefix.size(), length)][which] = name;
         return true;
       };
-      if (take(kA, 0) || take(kB, 1) || take(kMagnitude, 2)) continue;
+      if (!take(kA, 0) && !take(kB, 1) && !take(kMagnitude, 2)) others.push_back(&entry);
+    }
+    for (const SafetensorsEntry* other : others) {
+      const SafetensorsEntry& entry = *other;
+      const std::string& name = entry.name;
+      const std::string parameter = replaced_by(name);
+      const size_t rank = name.ends_with(kBias) || entry.shape.size() == 1 ? 1 : 2;
+      if (!parameter.empty()) {
+        adapter_.replaced.emplace_back(parameter, read_adapter_tensor(file_, name, rank));
+        continue;
+      }
       if (name.starts_with(kPrefix) && is_whole_embedding(name) && entry.shape.size() == 2) {
         adapter_.embeddings.emplace_back(name, entry.shape[0]);
         continue;
@@ -95,6 +107,25 @@ class Reader {
     fail(file_.path(), ": tensor '", unknown_[0], "' has no place in a LoRA adapter",
          nearest.empty() ? "" : concat("; the nearest that has is '", nearest, "'"),
          "; the adapter is refused rather than half applied");
+  }
+
+  // The parameter of the base that a tensor takes the place of, by the config; "" for none.
+  std::string replaced_by(const std::string& name) const {
+    if (!name.starts_with(kPrefix)) return "";
+    std::string module = name.substr(kPrefix.size(), name.rfind('.') - kPrefix.size());
+    const LoraConfig& config = adapter_.config;
+    const bool wrapped = module.ends_with(kBaseLayer);
+    if (wrapped) module.resize(module.size() - kBaseLayer.size());
+    if (name.ends_with(kBias)) {
+      const bool asked = config.bias == LoraConfig::Bias::All ||
+                         (config.bias == LoraConfig::Bias::LoraOnly && wrapped);
+      return asked && wrapped == halves_.contains(module) ? module + kBias : "";
+    }
+    const auto whole = [&](const std::string& entry) { return module.ends_with(entry); };
+    const auto& entries = config.modules_to_save;
+    const bool asked =
+        !wrapped && name.ends_with(kWeight) && std::any_of(entries.begin(), entries.end(), whole);
+    return asked ? module + kWeight : "";
   }
 
   static std::string module_of(const std::string& name) {
@@ -192,6 +223,7 @@ const AdapterModule* AdapterFile::find(const std::string& module) const {
 }
 
 bool AdapterFile::is_empty() const {
+  if (!replaced.empty()) return false;
   for (const AdapterModule& module : modules)
     for (int64_t i = 0; i < module.b.num_elements(); ++i)
       if (module.b.data<float>()[i] != 0) return false;
@@ -233,21 +265,27 @@ void check_not_empty(const AdapterFile& file) {
 }
 
 void write_adapter(const AdapterFile& file, const std::string& directory) {
-  std::vector<NamedTensor> tensors;
+  std::vector<TensorToMake> tensors;
+  const auto add = [&](const std::string& name, const Tensor& tensor, DType dtype = DType::F32) {
+    tensors.push_back({kPrefix + name, tensor.shape(), dtype, [tensor] { return tensor; }});
+  };
   for (const AdapterModule& module : file.modules) {
-    tensors.push_back({kPrefix + module.name + kA, module.a});
-    tensors.push_back({kPrefix + module.name + kB, module.b});
-    if (module.magnitude.defined())
-      tensors.push_back({kPrefix + module.name + kMagnitude, module.magnitude});
+    add(module.name + kA, module.a);
+    add(module.name + kB, module.b);
+    if (module.magnitude.defined()) add(module.name + kMagnitude, module.magnitude);
   }
   CHECK(!tensors.empty(), "save_adapter: the model has no adapter");
+  for (const auto& [name, tensor] : file.replaced) {
+    const std::string module = name.substr(0, name.rfind('.'));
+    add(module + (file.find(module) ? kBaseLayer : "") + name.substr(module.size()), tensor,
+        tensor.dtype());
+  }
   std::map<std::string, std::string> metadata = {{"format", "pt"}};
   if (!file.base.weights.empty()) metadata[kBaseFingerprintKey] = file.base.weights;
   if (!file.base.tokenizer.empty()) metadata[kTokenizerFingerprintKey] = file.base.tokenizer;
   fs::create_directories(directory);
   // The weights first: a directory with a config alone would look whole to a reader.
-  write_safetensors((fs::path(directory) / kWeightsFile).string(), std::move(tensors), DType::F32,
-                    metadata);
+  write_safetensors((fs::path(directory) / kWeightsFile).string(), std::move(tensors), metadata);
   write_file_atomically((fs::path(directory) / kConfigFile).string(),
                         format_adapter_config(file.config, short_names(file)));
 }

@@ -25,11 +25,13 @@ struct AdapterFile {
   LoraConfig config;
   std::vector<AdapterModule> modules;  // by layer, and in the order of a layer's computation
   BaseFingerprint base;                // what the file says of its base; empty where it is silent
+  // Its own of the base's parameters, by their names in the base; F32.
+  std::vector<std::pair<std::string, Tensor>> replaced;
   // Whole embedding matrices that PEFT saved beside it: name and number of tokens.
   std::vector<std::pair<std::string, int64_t>> embeddings;
 
   const AdapterModule* find(const std::string& module) const;
-  bool is_empty() const;  // every B is zero: nothing was learned
+  bool is_empty() const;  // every B is zero and nothing replaced: nothing was learned
 };
 
 // Reads `directory`/adapter_config.json. Missing keys take PEFT's defaults (r 8, lora_alpha 8,
@@ -56,7 +58,8 @@ void check_same_base(const BaseFingerprint& got, const BaseFingerprint& wanted,
 // Throws Error for an adapter of which every B is zero.
 void check_not_empty(const AdapterFile& file);
 
-// Writes both files, each aside and then renamed; F32. The directory is made if it is not there.
+// Writes both files, each aside and then renamed; F32, replaced parameters in their own dtype. The
+// directory is made if it is not there.
 void write_adapter(const AdapterFile& file, const std::string& directory);
 
 }  // namespace graft

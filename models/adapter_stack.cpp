@@ -4,7 +4,30 @@
 #include <cstdlib>
 #include <filesystem>
 
+#include "models/replaced_parameters.h"
+
 namespace graft {
+namespace {
+
+// Biases and whole modules of an adapter stand in the place of the base's: alone and as they are.
+void check_replaced(const Decoder& model, const AdapterFile& file, double weight) {
+  CHECK(weight == 1 || file.replaced.empty(), file.directory, ": has its own '",
+        file.replaced.empty() ? "" : file.replaced[0].first, "' in the place of the base's, so ",
+        "its weight must be 1, and is ", weight);
+  for (const auto& [name, own] : file.replaced)
+    for (const ReplacedParameter& other : model.replaced)
+      CHECK(other.name != name, file.directory, ": has its own '", name,
+            "', and so has another adapter on the model; take one of the two");
+}
+
+// From one number of an adapter to another.
+void renumber(Decoder& model, int64_t from, int64_t to) {
+  for (ReplacedParameter& one : model.replaced)
+    if (one.adapter == from) one.adapter = to;
+}
+constexpr int64_t kAside = -1;
+
+}  // namespace
 
 int64_t AdapterStack::attach(const std::string& directory, double weight,
                              const AdapterChecks& checks) {
@@ -14,12 +37,15 @@ int64_t AdapterStack::attach(const std::string& directory, double weight,
 int64_t AdapterStack::put_on(const AdapterFile& file, double weight, const AdapterChecks& checks) {
   CHECK(std::isfinite(weight), file.directory, ": the adapter's weight is ", weight,
         ", expected a number");
+  check_replaced(model_, file, weight);
   // attach_adapter puts it where the trained one is; that one steps aside for a moment.
   const std::vector<NamedLinear> layers = linear_layers(model_);
   std::vector<std::unique_ptr<LoraPair>> trained;
   for (const NamedLinear& layer : layers) trained.push_back(std::move(layer.linear->lora));
+  renumber(model_, 0, kAside);
   const auto put_back = [&] {
     for (size_t i = 0; i < layers.size(); ++i) layers[i].linear->lora = std::move(trained[i]);
+    renumber(model_, kAside, 0);
   };
   try {
     attach_adapter(model_, file, checks);
@@ -39,6 +65,10 @@ int64_t AdapterStack::put_on(const AdapterFile& file, double weight, const Adapt
     linear.stack.push_back({id, std::move(pair), weight});
     linear.restack();
   }
+  renumber(model_, 0, id);
+  for (ReplacedParameter& one : model_.replaced)
+    if (one.adapter == id) one.own = Variable(one.own.value());
+  show_replaced(model_, id, true);
   put_back();
   return id;
 }
@@ -61,11 +91,16 @@ void AdapterStack::change(int64_t id, Change change) {
 
 void AdapterStack::set_weight(int64_t id, double weight) {
   CHECK(std::isfinite(weight), "adapter stack: the weight is ", weight, ", expected a number");
+  for (const ReplacedParameter& one : model_.replaced)
+    CHECK(one.adapter != id || weight == 0 || weight == 1, "adapter stack: adapter ", id,
+          " has its own '", one.name, "', so its weight must be 1, or 0 for off, and is ", weight);
   change(id, [weight](auto& stack, size_t i) { stack[i].weight = weight; });
+  show_replaced(model_, id, weight == 1);
 }
 
 void AdapterStack::detach(int64_t id) {
   change(id, [](auto& stack, size_t i) { stack.erase(stack.begin() + std::ptrdiff_t(i)); });
+  restore_parameters(model_, id);
 }
 
 AdapterChoice parse_adapter_choice(const std::string& text) {

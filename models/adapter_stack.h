@@ -1,7 +1,9 @@
 // Frozen adapters on a loaded model: any number of them, each with a weight. The model computes
-// with W + sum_i weight_i (W'_i - W), W'_i being what adapter i alone makes of a weight W.
-// Attaching, detaching and weighing touch the adapters alone: the base stays where it is, so
-// switching costs what reading the adapter costs, or nothing.
+// with W + sum_i weight_i (W'_i - W), W'_i being what adapter i alone makes of a weight W. Biases
+// and whole modules that an adapter has of its own stand in the place of the base's while it is on;
+// one adapter may have those of a name, with a weight of 1. Attaching, detaching and weighing touch
+// the adapters alone: the base stays where it is, so switching costs what reading the adapter
+// costs, or nothing.
 #pragma once
 
 #include <string>

@@ -66,6 +66,9 @@ Combined begin_combined(const std::vector<WeightedAdapter>& adapters) {
     CHECK(file.embeddings.empty(), file.directory, ": '",
           file.embeddings.empty() ? "" : file.embeddings[0].first,
           "' is a whole embedding, which cannot be combined");
+    CHECK(file.replaced.empty(), "combine: ", file.directory, " has its own '",
+          file.replaced.empty() ? "" : file.replaced[0].first,
+          "' in the place of the base's, which is no sum of matrices; take it on by itself");
     if (result.file.base.weights.empty()) result.file.base.weights = file.base.weights;
     if (result.file.base.tokenizer.empty()) result.file.base.tokenizer = file.base.tokenizer;
   }

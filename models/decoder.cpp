@@ -100,7 +100,7 @@ void Decoder::visit(const std::string& prefix, Visitor& visitor) {
     layer.mlp.down_proj.visit(name + ".mlp.down_proj", visitor);
   }
   norm.visit(prefix + "model.norm", visitor);
-  if (config_.tie_word_embeddings)
+  if (is_tied())
     visitor.linear(prefix + "lm_head", lm_head);
   else
     lm_head.visit(prefix + "lm_head", visitor);

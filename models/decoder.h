@@ -54,6 +54,13 @@ struct KvCache {
   int64_t capacity = 0;
 };
 
+// A parameter that an adapter has its own of (models/replaced_parameters.h).
+struct ReplacedParameter {
+  std::string name;
+  Variable original, own;
+  int64_t adapter = 0;  // its number in AdapterStack; 0: the one that is trained
+};
+
 class Decoder {
  public:
   // Weights have their shapes but no bytes (Device::Meta) until load_model or random_model
@@ -61,6 +68,8 @@ class Decoder {
   explicit Decoder(const ModelConfig& config, DType compute_dtype, Device device = Device::CPU);
 
   const ModelConfig& config() const { return config_; }
+  // Whether embeddings and head are one; an adapter may have its own of either.
+  bool is_tied() const { return lm_head.weight.state() == embed_tokens.weight.state(); }
   DType compute_dtype() const { return compute_dtype_; }
   Device device() const { return device_; }
 
@@ -77,7 +86,8 @@ class Decoder {
   // Lays the products of every layer out anew for forward and loss, once, after adapters are
   // attached; the base must be frozen. Returns what was done: Bordered becomes Merged where an
   // adapter has dropout, for the mask applies to the low-rank product alone. All becomes Plain with
-  // DoRA, whose layers are scaled one by one, and where frozen adapters are stacked.
+  // DoRA, whose layers are scaled one by one, where frozen adapters are stacked, and where biases
+  // or norms are trained.
   LoraLayout set_lora_layout(LoraLayout layout);
   // After adapters have changed: DoRA's norms and the borders of bordered weights follow them.
   // Nothing where there is neither.
@@ -102,6 +112,7 @@ class Decoder {
   RmsNorm norm;
   BaseFingerprint fingerprint;  // of the files that load_model read
   Linear lm_head;               // tied: its weight is the same Variable as embed_tokens.weight
+  std::vector<ReplacedParameter> replaced;  // what adapters that are on have put their own for
 
  private:
   // q, k, v of a layer, ready for attention: (T, heads, D), rotated.

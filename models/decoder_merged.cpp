@@ -9,8 +9,11 @@ namespace {
 bool has_adapter(const Linear& layer) { return layer.lora != nullptr; }
 
 struct FindAdapters : Visitor {
-  bool dropout = false, stacked = false;
+  bool dropout = false, stacked = false, trained_vectors = false;
   std::vector<const Linear*> dora;
+  void parameter(const std::string&, Variable& value) override {
+    trained_vectors = trained_vectors || (value.requires_grad() && value.shape().rank() == 1);
+  }
   void linear(const std::string&, Linear& module) override {
     stacked = stacked || !module.stack.empty();
     if (!module.lora) return;
@@ -28,7 +31,8 @@ FindAdapters find_adapters(Decoder& model) {
 
 LoraLayout Decoder::set_lora_layout(LoraLayout layout) {
   const FindAdapters adapters = find_adapters(*this);
-  if (layout == LoraLayout::Plain || !adapters.dora.empty() || adapters.stacked)
+  if (layout == LoraLayout::Plain || !adapters.dora.empty() || adapters.stacked ||
+      adapters.trained_vectors)
     return LoraLayout::Plain;
   if (adapters.dropout) layout = LoraLayout::Merged;
   const bool bordered = layout == LoraLayout::Bordered;

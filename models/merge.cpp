@@ -127,18 +127,29 @@ Nf4Loss write_merged(Decoder& base, const std::string& model_dir,
         dtype_name(dtype), ", wanted F32, BF16 or F16");
   Collect collect;
   base.visit("", collect);
-  bool tied = base.config().tie_word_embeddings;
-  for (const WeightedAdapter& adapter : adapters)
+  bool tied = base.is_tied();
+  const auto untie = [&](const std::string& name) {
+    if (!tied || (name != "lm_head.weight" && name != "model.embed_tokens.weight")) return;
+    tied = false;
+    collect.all.push_back({"lm_head.weight", collect.head, {}});
+  };
+  for (const WeightedAdapter& adapter : adapters) {
     for (const AdapterModule& module : adapter.file.modules) {
+      untie(module.name + ".weight");
       Collect::One* one = collect.find(module.name + ".weight");
-      if (!one && module.name == "lm_head" && tied) {
-        tied = false;
-        collect.all.push_back({"lm_head.weight", collect.head, {}});
-        one = &collect.all.back();
-      }
       CHECK(one, adapter.file.directory, ": '", module.name, "' has no place in this model");
       one->deltas.emplace_back(&module, adapter.weight);
     }
+    CHECK(adapter.weight == 1 || adapter.file.replaced.empty(), adapter.file.directory,
+          ": has biases or modules of its own, so its weight must be 1, and is ", adapter.weight);
+    for (const auto& [name, own] : adapter.file.replaced) {
+      untie(name);
+      Collect::One* one = collect.find(name);
+      CHECK(one && one->weight.shape() == own.shape(), adapter.file.directory, ": '", name,
+            "' has no place in this model");
+      one->weight = own;
+    }
+  }
   Nf4Loss loss;
   std::vector<TensorToMake> tensors;
   for (const Collect::One& one : collect.all)

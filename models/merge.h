@@ -28,7 +28,8 @@ struct Nf4Loss {
 // Writes W + sum_i w_i (W'_i - W) of every weight into `folder`, a Hugging Face directory: shards
 // of at most 5 GB, config.json, tokenizer, generation_config. Computed in F32 and rounded once, to
 // `dtype` (F32, BF16 or F16). One weight at a time is in memory beside the mapped base. Where an
-// adapter changes lm_head and embeddings are tied, both are written and config.json says so.
+// adapter changes lm_head or has its own of it or of the embeddings, and the two are tied, both are
+// written and config.json says so.
 //   base  on the CPU, from model_dir
 Nf4Loss write_merged(Decoder& base, const std::string& model_dir,
                      const std::vector<WeightedAdapter>& adapters, DType dtype,

@@ -23,6 +23,14 @@ bool matches(const std::string& name, const std::vector<std::string>& entries, b
                      [&](const std::string& entry) { return is_suffix(name, entry); });
 }
 
+// Whether a module is one that is trained whole, or lies in one. PEFT wants whole parts of the name
+// here, while the modules themselves need only end with an entry.
+bool is_saved_whole(const std::string& name, const std::vector<std::string>& entries) {
+  return std::any_of(entries.begin(), entries.end(), [&](const std::string& entry) {
+    return ("." + name + ".").find("." + entry + ".") != std::string::npos;
+  });
+}
+
 std::string lower(std::string text) {
   std::transform(text.begin(), text.end(), text.begin(),
                  [](unsigned char c) { return std::tolower(c); });
@@ -142,6 +150,8 @@ void validate(const LoraConfig& config) {
         "lora: layers_to_transform needs target_modules to be a list of names");
   for (int64_t layer : config.layers_to_transform)
     CHECK(layer >= 0, "lora: layers_to_transform holds ", layer, ", expected layers from 0");
+  for (const std::string& entry : config.modules_to_save)
+    CHECK(!entry.empty(), "lora: modules_to_save holds an empty name");
   for (const auto& [key, r] : config.rank_pattern)
     CHECK(r >= 1, "lora: rank_pattern '", key, "' is ", r, ", expected at least 1");
   for (const auto& [key, alpha] : config.alpha_pattern)
@@ -157,6 +167,7 @@ std::vector<LoraTarget> match_targets(const LoraConfig& config,
     if (!config.exclude_modules.empty() &&
         matches(name, config.exclude_modules, config.exclude_is_regex))
       return false;
+    if (is_saved_whole(name, config.modules_to_save)) return false;
     if (all_linear ? name == "lm_head" || name == "model.embed_tokens"
                    : !matches(name, config.target_modules, config.target_is_regex))
       return false;

@@ -33,6 +33,11 @@ struct LoraConfig {
   std::vector<std::pair<std::string, double>> alpha_pattern;
   bool use_rslora = false;
   bool use_dora = false;  // nn/dora.h
+  // Biases of the base that are trained too: of the adapted layers, or all.
+  enum class Bias { None, LoraOnly, All } bias = Bias::None;
+  // Modules of which the adapter has a copy of its own, trained whole: those whose name ends with
+  // an entry (models/replaced_parameters.h). Nothing in them is adapted.
+  std::vector<std::string> modules_to_save;
   enum class Init {
     KaimingUniform,
     Gaussian,

@@ -96,10 +96,13 @@ Run::Run(TrainOptions& options, const TrainData& data, const RunControl& control
       num_warmup_steps(options.warmup_steps, options.warmup_ratio, schedule_.total_steps);
 
   int64_t trained = 0;
-  for (const auto& entry : parameters_.entries()) trained += entry.variable.shape().num_elements();
-  const bool full = options.method == TrainOptions::Method::Full;
+  std::vector<std::pair<std::string, Variable>> leaves;
+  for (const auto& entry : parameters_.entries()) {
+    trained += entry.variable.shape().num_elements();
+    leaves.emplace_back(entry.name, entry.variable);
+  }
   result_.trainable_line =
-      trainable_parameters_line(trained, num_parameters(model_->config()) + (full ? 0 : trained));
+      trainable_parameters_line(trained, all_parameters(model_->config(), options.method, leaves));
 }
 
 // The adapters are in the parameter buffer by now; borders and norms are made from them, here and
@@ -111,7 +114,9 @@ void Run::lay_out_products() {
         .line(layout == LoraLayout::Merged
                   ? "lora_layout: merged, for bordered needs lora_dropout: 0"
               : options_.lora.use_dora ? "lora_layout: plain, for DoRA scales its layers singly"
-                                       : "lora_layout: plain, for there are base_adapters");
+              : !options_.base_adapters.empty()
+                  ? "lora_layout: plain, for there are base_adapters"
+                  : "lora_layout: plain, for biases or norms are trained");
   if (layout == LoraLayout::Bordered || options_.lora.use_dora)
     parameters_.on_publish([this] { model_->refresh_adapters(); });
 }

@@ -67,7 +67,7 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
 
   LoraConfig lora = options.lora;
   lora.use_dora = uses_dora(options);
-  if (!full) plan.targets = attach_lora(*model, lora, 0);
+  if (!full) plan.targets = attach_fresh_adapter(*model, lora, 0);
   const auto leaves = trained_leaves(*model, options.method, options.loraplus_lr_ratio);
   for (const auto& [name, leaf] : leaves) plan.trainable_parameters += leaf.value().num_elements();
   for (const auto& [name, linear] : linear_layers(*model)) {
@@ -76,7 +76,9 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
     for (const auto& [leaf, variable] : adapter_leaves(name, *linear->lora))
       plan.module_parameters.back().second += variable.value().num_elements();
   }
-  plan.all_parameters = base_parameters + (full ? 0 : plan.trainable_parameters);
+  for (const ReplacedParameter& one : model->replaced)
+    plan.replaced.emplace_back(one.name, one.own.shape().num_elements());
+  plan.all_parameters = all_parameters(config, options.method, leaves);
 
   ParameterBuffer parameters(leaves, Device::Meta, Scope::Adapters, moments_of(options));
   ForwardContext context;

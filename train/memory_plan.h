@@ -27,6 +27,7 @@ struct MemoryPlan {
   int64_t all_parameters = 0;
   std::vector<LoraTarget> targets;                                 // empty with method full
   std::vector<std::pair<std::string, int64_t>> module_parameters;  // of each target, in its order
+  std::vector<std::pair<std::string, int64_t>> replaced;  // biases and weights of whole modules
 };
 
 // file_dtype: what the weights on disk are in (the config's torch_dtype where they are not at

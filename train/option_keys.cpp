@@ -322,11 +322,11 @@ Row dora_row() {
 }
 
 Row bias_row() {
-  return {{"bias", "", Group::Lora, Form::Scalar, true, "none", "biases are not trained",
-           [](TrainOptions&, const YAML::Node& node) {
-             return node.IsScalar() && node.Scalar() == "none";
-           },
-           [](const TrainOptions&) { return Json("none"); }}};
+  using Bias = LoraConfig::Bias;
+  return choice<decltype(at(&LoraConfig::bias)), Bias>(
+      Group::Lora, "bias", at(&LoraConfig::bias),
+      {{"none", Bias::None}, {"lora_only", Bias::LoraOnly}, {"all", Bias::All}},
+      "biases of the base that are trained: none, of the adapted layers, or all");
 }
 
 Row init_row() {
@@ -362,6 +362,8 @@ std::vector<Row> lora_rows() {
       boolean(g, "use_rslora", at(&C::use_rslora), "scale by lora_alpha / sqrt(r)"),
       dora_row(),
       bias_row(),
+      text_list(g, "modules_to_save", at(&C::modules_to_save), "a list of module names",
+                "trained whole and saved: lm_head, embed_tokens or norms"),
       init_row(),
       choice<decltype(at(&C::task_type)), std::string>(g, "task_type", at(&C::task_type),
                                                        {{"CAUSAL_LM", "CAUSAL_LM"}}, "")

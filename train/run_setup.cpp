@@ -11,6 +11,7 @@
 
 #include "models/adapter_stack.h"
 #include "models/model_files.h"
+#include "models/replaced_parameters.h"
 #include "models/tokenizer.h"
 #include "models/weights.h"
 #include "train/checkpoint.h"
@@ -73,7 +74,10 @@ struct CollectLeaves : Visitor {
   std::vector<std::pair<std::string, Variable>> leaves;
   bool full = false;
   void parameter(const std::string& name, Variable& value) override {
-    if (!full) return;
+    if (!full) {  // what an adapter has of its own
+      if (value.requires_grad()) leaves.emplace_back(name, value);
+      return;
+    }
     // F16 is a type of files: trained weights work in F32.
     if (value.value().dtype() == DType::F16)
       value.set_value(value.value().to(DType::F32, Scope::Weights));
@@ -140,6 +144,20 @@ Quantisation quantisation_of(const TrainOptions& options) {
   return {is_quantised(options.method), options.bnb_4bit_use_double_quant};
 }
 
+std::vector<LoraTarget> attach_fresh_adapter(Decoder& model, const LoraConfig& config,
+                                             uint64_t seed) {
+  const std::vector<LoraTarget> targets = attach_lora(model, config, seed);
+  start_replaced_parameters(model, config);
+  const auto trained = [](const ReplacedParameter& one) { return is_bias(one.name); };
+  CHECK(config.bias == LoraConfig::Bias::None ||
+            std::any_of(model.replaced.begin(), model.replaced.end(), trained),
+        "train: bias is ", config.bias == LoraConfig::Bias::All ? "all" : "lora_only", ", but ",
+        config.bias == LoraConfig::Bias::All ? "the model has no biases"
+                                             : "no adapted layer has a bias",
+        "; leave it out");
+  return targets;
+}
+
 std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string& model_dir,
                                        Device device) {
   std::unique_ptr<Decoder> model;
@@ -162,7 +180,7 @@ std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string&
   if (is_full(options))
     widen_weights(*model);
   else if (options.adapter.empty())
-    attach_lora(*model, options.lora, options.seed);
+    attach_fresh_adapter(*model, options.lora, options.seed);
   else
     load_start_adapter(*model, options);
   AdapterStack stack(*model);
@@ -174,6 +192,15 @@ std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string&
   const bool f16 = model->embed_tokens.weight.value().dtype() == DType::F16;
   if (!options.dtype && !f16) options.dtype = model->compute_dtype();
   return model;
+}
+
+int64_t all_parameters(const ModelConfig& config, TrainOptions::Method method,
+                       const std::vector<std::pair<std::string, Variable>>& trained) {
+  int64_t all = num_parameters(config);
+  if (method == TrainOptions::Method::Full) return all;
+  for (const auto& [name, leaf] : trained)
+    if (!is_bias(name)) all += leaf.shape().num_elements();
+  return all;
 }
 
 std::vector<std::pair<std::string, Variable>> trained_leaves(Decoder& model,

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "models/nf4_weights.h"
+#include "nn/lora.h"
 #include "nn/parameter_buffer.h"
 #include "train/finetune.h"
 
@@ -25,6 +26,11 @@ void check_token_ids(const TrainData& data, const ModelConfig& config);
 // What load_model is to quantise for these options.
 Quantisation quantisation_of(const TrainOptions& options);
 
+// A fresh adapter on the model, with biases and whole modules of its own where the config asks for
+// them. Throws Error where it asks for biases and there are none.
+std::vector<LoraTarget> attach_fresh_adapter(Decoder& model, const LoraConfig& config,
+                                             uint64_t seed);
+
 // The base with what is to be trained: a fresh adapter, the one of options.adapter, or all weights.
 // Writes back into the options what was decided here: dtype, and the adapter's LoraConfig.
 std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string& model_dir,
@@ -35,6 +41,10 @@ inline ParameterBuffer::Moments moments_of(const TrainOptions& options) {
   return options.optim == TrainOptions::Optimizer::AdamW8bit ? ParameterBuffer::Moments::Bits8
                                                              : ParameterBuffer::Moments::F32;
 }
+
+// PEFT's "all params": the base's and what training adds. Biases are trained where they are.
+int64_t all_parameters(const ModelConfig& config, TrainOptions::Method method,
+                       const std::vector<std::pair<std::string, Variable>>& trained);
 
 // The trained leaves in model order, with their names; requires_grad is set on all of them. With
 // LoRA+ those that learn at the rate of B come last, so that the optimizer has two pieces to
