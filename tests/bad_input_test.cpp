@@ -331,7 +331,8 @@ TEST_F(BadInput, AdaptersThatDoNotFitAreNeverHalfLoaded) {
   refuse("r", "x", "expected an integer");
   refuse("use_dora", true, "lora_magnitude_vector' is missing");
   refuse("brand_new_key", 3, "brand_new_key is 3");
-  refuse("bias", "all", "bias is \"all\"");
+  refuse("bias", "some", "bias is \"some\"");
+  refuse("modules_to_save", {"score"}, "which is no module of the model");
   refuse("peft_type", "IA3", "expected \"LORA\"");
   refuse("target_modules", {"q_proj"}, "has no place: target_modules");
   refuse("target_modules", {"nope"}, "matches no module");

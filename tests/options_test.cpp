@@ -161,7 +161,9 @@ TEST_F(Options, WrongTypesAndRangesNameLineGotAndExpected) {
             ":1: warmup_ratio: got 'nan', expected a number from 0 to 1");
   EXPECT_EQ(error("shuffle: maybe\n"), ":1: shuffle: got 'maybe', expected true or false");
   EXPECT_EQ(error("model: [a, b]\n"), ":1: model: got a list, expected a directory or a hub id");
-  EXPECT_EQ(error("bias: all\n"), ":1: bias: got 'all', expected none");
+  EXPECT_EQ(error("bias: some\n"), ":1: bias: got 'some', expected none, lora_only or all");
+  EXPECT_EQ(error("modules_to_save: {a: b}\n"),
+            ":1: modules_to_save: got a map, expected a list of module names");
   EXPECT_EQ(error("dtype: int8\n"), ":1: dtype: got 'int8', expected float32 or bfloat16");
   EXPECT_EQ(error("lr_scheduler_type: step\n"),
             ":1: lr_scheduler_type: got 'step', expected constant, constant_with_warmup, linear or "

@@ -162,7 +162,9 @@ TEST_P(PeftTrajectory, InBf16IsAsNearToF32AsPeft) {
 INSTANTIATE_TEST_SUITE_P(Golden, PeftTrajectory,
                          testing::Values("llama_gqa", "qwen2_tied", "qwen3_tied", "patterns",
                                          "layers_to_transform", "loraplus", "dora_llama_gqa",
-                                         "dora_qwen2_rslora", "dora_patterns", "dora_loraplus"),
+                                         "dora_qwen2_rslora", "dora_patterns", "dora_loraplus",
+                                         "bias_lora_only", "bias_all", "whole_head", "whole_both",
+                                         "whole_head_of_tied", "whole_norms"),
                          [](const auto& info) { return std::string(info.param); });
 
 // Twenty steps of PEFT's DoRA under our masks: there the base product under m / norm sees the

@@ -5,7 +5,7 @@ import json
 import sys
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
 from common import largest_difference, load_model, logits_of
@@ -26,8 +26,7 @@ def main():
     # PEFT only warns about keys that it misses or does not know.
     with safe_open(f"{adapter_dir}/adapter_model.safetensors", "pt") as file:
         stored = set(file.keys())
-    wanted = {k.replace(".default.", ".").replace("magnitude_vector.weight", "magnitude_vector")
-              for k in model.state_dict() if "lora_" in k}
+    wanted = set(get_peft_model_state_dict(model))
     if stored != wanted:
         sys.exit(f"tensors: missing {sorted(wanted - stored)}, unknown {sorted(stored - wanted)}")
 

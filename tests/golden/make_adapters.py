@@ -20,10 +20,17 @@ CASES = {
     "patterns_all_layers": ("qwen2_tied", 105, PATTERNS),
     "regex": ("llama_gqa", 106, {"target_modules": r".*\.1\.(self_attn\.[qv]_proj|mlp\.\w+_proj)"}),
 }
+# case: the same, with biases and whole modules, moved away from the base's.
+REPLACING = {
+    "bias_lora_only": ("qwen2_tied", 107, {"bias": "lora_only"}),
+    "bias_all": ("llama_bias", 108, {"bias": "all", "target_modules": ["q_proj", "down_proj"]}),
+    "whole_head": ("llama_gqa", 109, {"modules_to_save": ["lm_head"]}),
+    "whole_embeddings_of_tied": ("qwen2_tied", 110, {"modules_to_save": ["embed_tokens"]}),
+    "whole_head_of_tied": ("qwen3_tied", 111, {"modules_to_save": ["lm_head", "norm"]}),
+}
 # Sound in PEFT; graft knows none of them yet and has to say so, by name.
 REFUSED = {
-    "refused_bias_lora_only": ("qwen2_tied", 112, {"bias": "lora_only"}),
-    "refused_modules_to_save": ("llama_gqa", 113, {"modules_to_save": ["lm_head"]}),
+    "refused_whole_projection": ("llama_gqa", 113, {"modules_to_save": ["o_proj"]}),
     "refused_lora_bias": ("llama_bias", 114, {"lora_bias": True}),
     "refused_embedding": ("llama_gqa", 115, {"target_modules": ["embed_tokens", "q_proj"]}),
 }
@@ -51,9 +58,20 @@ def make(case, name, seed, config, wrap=wrap, more=lambda folder, rows, loaded: 
     print(f"{case}: the adapter moves the logits by {effect:.2f} of the largest")
 
 
+def moved(model, seed, **config):
+    """wrap, and what is trained beside A and B is no longer the base's."""
+    wrapped, gen = wrap(model, seed, **config), generator(3000 + seed)
+    for name, p in wrapped.named_parameters():
+        if p.requires_grad and "lora_" not in name:
+            p.data += 0.3 * p.std() * torch.randn(p.shape, generator=gen)
+    return wrapped
+
+
 def main():
     for case, (name, seed, config) in CASES.items():
         make(case, name, seed, config)
+    for case, (name, seed, config) in REPLACING.items():
+        make(case, name, seed, config, wrap=moved)
     for case, (name, seed, config) in REFUSED.items():
         save(wrap(load_model(name), seed, **config), fresh_folder("adapters", case))
         print(case)

@@ -1,7 +1,7 @@
 # Training by PEFT, step by step: what graft has to give from the same model, adapter and batches.
 # Loss and gradient are sums over the labelled tokens of both micro-batches, over their number.
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import save_file
 from transformers import get_scheduler
@@ -15,6 +15,8 @@ RECIPE = {"learning_rate": 1e-2, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_e
           "weight_decay": 0.0, "max_grad_norm": 1.0, "lr_scheduler_type": "cosine",
           "warmup_steps": WARMUP, "max_steps": STEPS}
 
+SOME = ["q_proj", "v_proj", "up_proj"]
+
 # case: (model, seed, keys of LoraConfig, changes to the recipe)
 CASES = {
     "llama_gqa": ("llama_gqa", 201, {}, {"max_grad_norm": 10.0}),
@@ -24,6 +26,15 @@ CASES = {
     "layers_to_transform": ("llama_gqa", 205, {"layers_to_transform": [1]}, {}),
     "loraplus": ("qwen3_tied", 209, {}, {"loraplus_lr_ratio": 4.0, "learning_rate": 5e-3,
                                          "weight_decay": 0.05}),
+    # Biases of the adapted layers, and all; whole modules, also where the base ties the two.
+    "bias_lora_only": ("qwen2_tied", 210, {"bias": "lora_only", "target_modules": SOME}, {}),
+    "bias_all": ("llama_bias", 211, {"bias": "all", "target_modules": SOME}, {}),
+    "whole_head": ("llama_gqa", 212, {"modules_to_save": ["lm_head"], "target_modules": SOME}, {}),
+    "whole_both": ("qwen2_untied", 213, {"modules_to_save": ["embed_tokens", "lm_head"],
+                                         "target_modules": SOME}, {}),
+    "whole_head_of_tied": ("qwen2_tied", 214, {"modules_to_save": ["lm_head"],
+                                               "target_modules": SOME}, {}),
+    "whole_norms": ("qwen3_tied", 215, {"modules_to_save": ["norm"], "target_modules": SOME}, {}),
 }
 SOME_CLIPPED = ("llama_gqa", "qwen3_tied")  # here the norm crosses the bound
 
@@ -116,7 +127,7 @@ def make(case, name, seed, config, changes):
                                           is_trainable=True).train()
         assert all(p.dtype == torch.float32 for p in factors(model).values())
         curve = train(model, recipe, batches, split_rows)
-        return model, curve, detached(factors(model))
+        return model, curve, detached(get_peft_model_state_dict(model))
 
     model, (losses, norms, rates), final = run()
     save(model, f"{folder}/final")
