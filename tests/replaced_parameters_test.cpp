@@ -230,7 +230,7 @@ class OwnParametersTraining : public testing::Test {
     o.lora.r = 4;
     o.lora.target_modules = {"q_proj", "up_proj"};
     o.lora.bias = LoraConfig::Bias::All;
-    o.lora.modules_to_save = {"lm_head", "embed_tokens", "q_norm"};
+    o.lora.modules_to_save = {"lm_head", "embed_tokens", "norm"};
     return o;
   }
   static TrainData rows() {
@@ -259,7 +259,6 @@ TEST_F(OwnParametersTraining, ResumesWithTheSameBytesAndLoads) {
       const std::string name = concat(dtype_name(dtype), int(optim));
       SCOPED_TRACE(name);
       TrainOptions o = options();
-      o.lora.modules_to_save = {"lm_head", "embed_tokens", "norm"};
       o.dtype = dtype;
       o.optim = optim;
       o.save_steps = 3;
@@ -310,11 +309,11 @@ TEST_F(OwnParametersTraining, GoesOnAQuantisedBase) {
   o.model = "tests/golden/quantised/base";
   o.method = TrainOptions::Method::Qlora;
   o.lora.bias = LoraConfig::Bias::None;
-  o.lora.modules_to_save = {"lm_head", "embed_tokens", "norm"};
+  o.dtype = DType::F32;
   const TrainResult result = run(o, "qlora");
   EXPECT_LT(*result.last_eval_loss, *result.first_eval_loss);
   const Quantisation nf4{true, true};
-  auto model = load_model(o.model, {}, Device::CPU, nf4);
+  auto model = load_model(o.model, DType::F32, Device::CPU, nf4);
   load_adapter(*model, scratch_ / "qlora");
   const std::vector<double> wanted = logits_of(*model, kRow);
   write_merged(*load_model(o.model, DType::F32, Device::CPU, nf4), o.model,

@@ -101,8 +101,8 @@ Run::Run(TrainOptions& options, const TrainData& data, const RunControl& control
     trained += entry.variable.shape().num_elements();
     leaves.emplace_back(entry.name, entry.variable);
   }
-  result_.trainable_line =
-      trainable_parameters_line(trained, all_parameters(model_->config(), options.method, leaves));
+  result_.trainable_line = trainable_parameters_line(
+      trained, all_parameters(num_parameters(model_->config()), options.method, leaves));
 }
 
 // The adapters are in the parameter buffer by now; borders and norms are made from them, here and

@@ -194,13 +194,12 @@ std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string&
   return model;
 }
 
-int64_t all_parameters(const ModelConfig& config, TrainOptions::Method method,
+int64_t all_parameters(int64_t base, TrainOptions::Method method,
                        const std::vector<std::pair<std::string, Variable>>& trained) {
-  int64_t all = num_parameters(config);
-  if (method == TrainOptions::Method::Full) return all;
+  if (method == TrainOptions::Method::Full) return base;
   for (const auto& [name, leaf] : trained)
-    if (!is_bias(name)) all += leaf.shape().num_elements();
-  return all;
+    if (!is_bias(name)) base += leaf.shape().num_elements();
+  return base;
 }
 
 std::vector<std::pair<std::string, Variable>> trained_leaves(Decoder& model,

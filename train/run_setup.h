@@ -42,8 +42,9 @@ inline ParameterBuffer::Moments moments_of(const TrainOptions& options) {
                                                              : ParameterBuffer::Moments::F32;
 }
 
-// PEFT's "all params": the base's and what training adds. Biases are trained where they are.
-int64_t all_parameters(const ModelConfig& config, TrainOptions::Method method,
+// PEFT's "all params": those of the base and what training adds, but biases, trained where they
+// are.
+int64_t all_parameters(int64_t base, TrainOptions::Method method,
                        const std::vector<std::pair<std::string, Variable>>& trained);
 
 // The trained leaves in model order, with their names; requires_grad is set on all of them. With

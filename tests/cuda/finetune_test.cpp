@@ -30,6 +30,7 @@ struct Kind {
   DType dtype;
   TrainOptions::Method method;
   double dropout;
+  std::vector<std::string> modules_to_save = {};
 };
 
 class FinetuneOnCuda : public testing::TestWithParam<Kind> {
@@ -56,6 +57,7 @@ class FinetuneOnCuda : public testing::TestWithParam<Kind> {
     options.method = GetParam().method;
     options.lora.r = 4;
     options.lora.lora_dropout = GetParam().dropout;
+    options.lora.modules_to_save = GetParam().modules_to_save;
     options.lora.base_model_name_or_path = options.model;
     options.learning_rate = 2e-3;
     options.lr_scheduler_type = Schedule::Type::Constant;
@@ -100,7 +102,12 @@ INSTANTIATE_TEST_SUITE_P(
                     Kind{"BF16", DType::BF16, TrainOptions::Method::Lora, 0.1},
                     Kind{"DoraF32", DType::F32, TrainOptions::Method::Dora, 0},
                     Kind{"DoraDropoutF32", DType::F32, TrainOptions::Method::Dora, 0.1},
-                    Kind{"DoraBF16", DType::BF16, TrainOptions::Method::Dora, 0}),
+                    Kind{"DoraBF16", DType::BF16, TrainOptions::Method::Dora, 0},
+                    Kind{"WholeBF16",
+                         DType::BF16,
+                         TrainOptions::Method::Lora,
+                         0.1,
+                         {"lm_head", "embed_tokens", "norm"}}),
     [](const testing::TestParamInfo<Kind>& info) { return std::string(info.param.name); });
 
 }  // namespace

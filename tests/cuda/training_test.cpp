@@ -121,6 +121,20 @@ TEST_F(CudaTraining, GraphsGiveTheSameBytesWithDora) {
   expect_same_with_graphs(o, "adapter_model.safetensors");
 }
 
+// Vectors in F32 and matrices in BF16 with a master copy, which each replay brings up to date.
+TEST_F(CudaTraining, GraphsGiveTheSameBytesWithBiasesAndWholeModules) {
+  for (const DType dtype : {DType::F32, DType::BF16}) {
+    TrainOptions o = options("", 7);
+    o.dtype = dtype;
+    o.model = "tests/golden/models/llama_bias";
+    o.lora.bias = LoraConfig::Bias::All;
+    o.lora.modules_to_save = {"lm_head", "embed_tokens", "norm"};
+    expect_same_with_graphs(o, "adapter_model.safetensors");
+    fs::remove_all(path("plain"));
+    fs::remove_all(path("graphs"));
+  }
+}
+
 // Two rates in one captured step, both of which the schedule moves.
 TEST_F(CudaTraining, GraphsGiveTheSameBytesWithLoraPlus) {
   TrainOptions o = options("", 7);
