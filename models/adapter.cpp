@@ -13,6 +13,12 @@ void check_fits(const AdapterFile& file, const std::vector<NamedLinear>& layers,
     CHECK(tokens == config.vocab_size, file.directory, ": '", name, "' has ", tokens,
           " tokens, but the model has ", config.vocab_size,
           "; the adapter was trained on a base whose vocabulary was resized, give that one");
+    // PEFT saves the base's own beside an adapter on it.
+    const std::string of_base = ".base_layer.weight";
+    if (name.ends_with(of_base) &&
+        file.find(name.substr(kAdapterPrefix.size(),
+                              name.size() - kAdapterPrefix.size() - of_base.size())))
+      continue;
     fail(file.directory, ": '", name,
          "' has no place in this model: whole embeddings beside an "
          "adapter are not supported");
@@ -55,20 +61,29 @@ void fill_pairs(const std::vector<NamedLinear>& layers, const AdapterFile& file)
   }
 }
 
+void fill_tokens(const TokenRows& tokens, const AdapterFile& file) {
+  Tensor rows = tokens.rows.value();
+  CHECK(rows.shape() == file.token_rows.shape(), file.directory, ": the rows of tokens are ",
+        file.token_rows.shape(), ", expected ", rows.shape(),
+        "; is the adapter for another model?");
+  backend_of(rows).copy(rows, file.token_rows);
+}
+
 }  // namespace
 
 void attach_adapter(Decoder& model, const AdapterFile& file, const AdapterChecks& checks) {
   const std::string& directory = file.directory;
   if (!checks.allow_other_base) check_same_base(file.base, model.fingerprint, directory);
   if (!checks.allow_empty) check_not_empty(file);
-  const auto layers = linear_layers(model);
+  const auto layers = adaptable_layers(model);
   check_fits(file, layers, model.config());
   try {
     attach_lora(layers, file.config, 0);
     fill_pairs(layers, file);
+    if (file.token_rows.defined()) fill_tokens(*model.embed_tokens.tokens, file);
     model.refresh_adapters();
   } catch (const Error& error) {
-    for (const auto& layer : layers) layer.linear->lora.reset();  // never half an adapter
+    detach_lora(layers);  // never half an adapter
     const std::string text = error.what();
     if (text.find(directory) != std::string::npos) throw;
     fail(directory, ": ", text);
@@ -85,12 +100,13 @@ void save_adapter(Decoder& model, const LoraConfig& config, const std::string& d
   AdapterFile file;
   file.config = config;
   file.base = model.fingerprint;
-  for (const auto& [name, linear] : linear_layers(model)) {
+  for (const auto& [name, linear] : adaptable_layers(model)) {
     if (!linear->lora) continue;
     const LoraPair& pair = *linear->lora;
     const Tensor magnitude = pair.magnitude.defined() ? pair.magnitude.value() : Tensor();
     file.modules.push_back({name, pair.a.value(), pair.b.value(), magnitude, pair.scaling});
   }
+  if (model.embed_tokens.tokens) file.token_rows = model.embed_tokens.tokens->rows.value();
   write_adapter(file, directory);
 }
 
