@@ -23,6 +23,12 @@ Variable scale(const Variable& x, double alpha);
 // y[t] = weight[ids[t]]; dweight[ids[t]] += dy[t]. ids (T) I32, weight (V, H); y in `dtype`.
 Variable embedding(const Tensor& ids, const Variable& weight, DType dtype);
 
+// y[t] = base[t] + scaling B[ids[t]] A: LoRA on an embedding, whose weight it turns into W +
+// scaling B A. dB[ids[t]] += scaling dy[t] A^T, dA = scaling sum_t B[ids[t]]^T dy[t]. base (T, H),
+// A (r, H), B (V, r), which PEFT keeps transposed, and under each other's name.
+struct LoraArguments;
+Variable add_embedding_low_rank(const Variable& base, const Tensor& ids, const LoraArguments& lora);
+
 // y = x W^T + b; dx = dy W, dW = dy^T x, db = sum_t dy. x (T, K), weight (N, K), bias (N) or
 // undefined.
 Variable linear(const Variable& x, const Variable& weight, const Variable& bias = {});
@@ -135,8 +141,10 @@ constexpr int32_t kIgnoreLabel = -100;
 // chunk_rows 0: 256 on the CPU; 2048 on the GPU, where fewer would read the weight more often than
 // they multiply (a chunk at V = 151936 is 0.6 GB in BF16).
 constexpr int64_t kLossChunkRows = 256, kLossChunkRowsGpu = 2048;
+// adapters: pairs of LoRA on the head, as lora_linear has them; their sum is added to the logits.
 Variable linear_cross_entropy(const Variable& hidden, const Variable& weight, const Tensor& labels,
-                              double scale, Tensor* token_losses = nullptr, int64_t chunk_rows = 0);
+                              double scale, Tensor* token_losses = nullptr, int64_t chunk_rows = 0,
+                              const std::vector<LoraArguments>& adapters = {});
 
 // The same from the rows that have a label, in order: their numbers and their labels, (n) I32 both.
 // Whoever puts them on the GPU beforehand uploads nothing in the op.
@@ -146,6 +154,7 @@ struct LabelledRows {
 LabelledRows labelled_rows(const Tensor& labels, int64_t vocabulary);  // labels (T) on the CPU
 Variable linear_cross_entropy(const Variable& hidden, const Variable& weight,
                               const LabelledRows& labelled, double scale,
-                              Tensor* token_losses = nullptr, int64_t chunk_rows = 0);
+                              Tensor* token_losses = nullptr, int64_t chunk_rows = 0,
+                              const std::vector<LoraArguments>& adapters = {});
 
 }  // namespace graft::ops

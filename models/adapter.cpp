@@ -17,6 +17,12 @@ void check_fits(const AdapterFile& file, const std::vector<NamedLinear>& layers,
     CHECK(tokens == config.vocab_size, file.directory, ": '", name, "' has ", tokens,
           " tokens, but the model has ", config.vocab_size,
           "; the adapter was trained on a base whose vocabulary was resized, give that one");
+    // PEFT saves the base's own beside an adapter on it.
+    const std::string of_base = ".base_layer.weight";
+    if (name.ends_with(of_base) &&
+        file.find(name.substr(kAdapterPrefix.size(),
+                              name.size() - kAdapterPrefix.size() - of_base.size())))
+      continue;
     fail(file.directory, ": '", name,
          "' has no place in this model: whole embeddings beside an "
          "adapter are not supported");
@@ -88,22 +94,31 @@ void put_replaced(Decoder& model, const AdapterFile& file) {
   for (const auto& [name, own] : file.replaced) replace_parameter(model, name, own);
 }
 
+void fill_tokens(const TokenRows& tokens, const AdapterFile& file) {
+  Tensor rows = tokens.rows.value();
+  CHECK(rows.shape() == file.token_rows.shape(), file.directory, ": the rows of tokens are ",
+        file.token_rows.shape(), ", expected ", rows.shape(),
+        "; is the adapter for another model?");
+  backend_of(rows).copy(rows, file.token_rows);
+}
+
 }  // namespace
 
 void attach_adapter(Decoder& model, const AdapterFile& file, const AdapterChecks& checks) {
   const std::string& directory = file.directory;
   if (!checks.allow_other_base) check_same_base(file.base, model.fingerprint, directory);
   if (!checks.allow_empty) check_not_empty(file);
-  const auto layers = linear_layers(model);
+  const auto layers = adaptable_layers(model);
   check_fits(file, layers, model.config());
   try {
     restore_parameters(model);
     attach_lora(layers, file.config, 0);
     fill_pairs(layers, file);
     put_replaced(model, file);
+    if (file.token_rows.defined()) fill_tokens(*model.embed_tokens.tokens, file);
     model.refresh_adapters();
   } catch (const Error& error) {
-    for (const auto& layer : layers) layer.linear->lora.reset();  // never half an adapter
+    detach_lora(layers);  // never half an adapter
     restore_parameters(model);
     const std::string text = error.what();
     if (text.find(directory) != std::string::npos) throw;
@@ -121,7 +136,7 @@ void save_adapter(Decoder& model, const LoraConfig& config, const std::string& d
   AdapterFile file;
   file.config = config;
   file.base = model.fingerprint;
-  for (const auto& [name, linear] : linear_layers(model)) {
+  for (const auto& [name, linear] : adaptable_layers(model)) {
     if (!linear->lora) continue;
     const LoraPair& pair = *linear->lora;
     const Tensor magnitude = pair.magnitude.defined() ? pair.magnitude.value() : Tensor();
@@ -129,6 +144,7 @@ void save_adapter(Decoder& model, const LoraConfig& config, const std::string& d
   }
   for (const ReplacedParameter& one : model.replaced)
     if (one.adapter == 0) file.replaced.emplace_back(one.name, one.own.value());
+  if (model.embed_tokens.tokens) file.token_rows = model.embed_tokens.tokens->rows.value();
   write_adapter(file, directory);
 }
 

@@ -22,6 +22,7 @@ const std::set<std::string> kUnderstood = {"r",
                                            "layers_pattern",
                                            "rank_pattern",
                                            "alpha_pattern",
+                                           "trainable_token_indices",
                                            "use_rslora",
                                            "use_dora",
                                            "init_lora_weights",
@@ -136,6 +137,18 @@ void read_layers(const Reader& reader, LoraConfig& config) {
         ", but the blocks of this model are in 'layers'");
 }
 
+// A list of tokens, or {"embed_tokens": a list}.
+void read_tokens(const Reader& reader, LoraConfig& config) {
+  const char* key = "trainable_token_indices";
+  const Json* tokens = reader.find(key);
+  if (!tokens || is_off(*tokens)) return;
+  const bool by_layer =
+      tokens->is_object() && tokens->size() == 1 && tokens->begin().key().ends_with("embed_tokens");
+  const Json& list = by_layer ? *tokens->begin() : *tokens;
+  if (!list.is_array()) reader.wrong(key, *tokens, "a list of token ids, those of embed_tokens");
+  for (const auto& id : list) config.trainable_token_indices.push_back(reader.integer(key, id));
+}
+
 void read_init(const Reader& reader, LoraConfig& config) {
   const auto at = reader.json.find("init_lora_weights");
   if (at == reader.json.end() || *at == true)
@@ -190,6 +203,7 @@ LoraConfig parse_adapter_config(const Json& json, const std::string& where) {
   config.use_dora = reader.boolean("use_dora");
   read_parts_of_base(reader, config);
   read_init(reader, config);
+  read_tokens(reader, config);
   config.task_type = reader.text("task_type");
   config.base_model_name_or_path = reader.text("base_model_name_or_path");
   try {
@@ -242,6 +256,8 @@ std::string format_adapter_config(const LoraConfig& config,
   if (config.init_lora_weights == LoraConfig::Init::Random) json["init_lora_weights"] = false;
   if (!config.exclude_modules.empty())
     json["exclude_modules"] = as_names(config.exclude_modules, config.exclude_is_regex);
+  if (!config.trainable_token_indices.empty())
+    json["trainable_token_indices"] = config.trainable_token_indices;
   return json.dump(2);
 }
 

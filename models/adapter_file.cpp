@@ -20,10 +20,12 @@ namespace fs = std::filesystem;
 
 const char* const kConfigFile = "adapter_config.json";
 const char* const kWeightsFile = "adapter_model.safetensors";
-const std::string kPrefix = "base_model.model.";
+const std::string& kPrefix = kAdapterPrefix;
 const std::string kA = ".lora_A.weight", kB = ".lora_B.weight",
                   kMagnitude = ".lora_magnitude_vector", kBaseLayer = ".base_layer",
                   kBias = ".bias", kWeight = ".weight";
+const std::string kTokenRows = "model.embed_tokens.token_adapter.trainable_tokens_delta";
+const std::string kEmbeddingA = ".lora_embedding_A", kEmbeddingB = ".lora_embedding_B";
 
 // Orders modules as a model computes them: by layer number, then q, k, v, o, gate, up, down.
 std::pair<int64_t, std::string> model_order(const std::string& name) {
@@ -41,6 +43,16 @@ bool is_whole_embedding(const std::string& name) {
   return false;
 }
 
+Tensor transposed(const Tensor& matrix) {
+  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+  const Tensor from = matrix.to(Device::CPU);
+  Tensor to = Tensor::empty({columns, rows}, DType::F32, Device::CPU, Scope::Adapters);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j)
+      to.data<float>()[j * rows + i] = from.data<float>()[i * columns + j];
+  return to;
+}
+
 class Reader {
  public:
   Reader(AdapterFile& adapter, const SafetensorsFile& file) : adapter_(adapter), file_(file) {}
@@ -50,11 +62,13 @@ class Reader {
     CHECK(!halves_.empty(), file_.path(), ": holds no LoRA tensors (", file_.entries().size(),
           " others); is it the adapter_model.safetensors of a LoRA adapter?");
     for (auto& [module, tensors] : halves_) {
-      CHECK(!tensors[0].empty(), file_.path(), ": tensor '", kPrefix, module, kA,
-            "' is missing, but '", tensors[1].empty() ? tensors[2] : tensors[1],
+      const bool embedding = is_embedding(module);
+      CHECK(!tensors[0].empty(), file_.path(), ": tensor '", kPrefix, module,
+            embedding ? kEmbeddingA : kA, "' is missing, but '",
+            tensors[1].empty() ? tensors[2] : tensors[1], "' is there; is the file whole?");
+      CHECK(!tensors[1].empty(), file_.path(), ": tensor '", kPrefix, module,
+            embedding ? kEmbeddingB : kB, "' is missing, but '", tensors[0],
             "' is there; is the file whole?");
-      CHECK(!tensors[1].empty(), file_.path(), ": tensor '", kPrefix, module, kB,
-            "' is missing, but '", tensors[0], "' is there; is the file whole?");
     }
     std::vector<std::string> names;
     for (const auto& [module, tensors] : halves_) names.push_back(module);
@@ -69,6 +83,7 @@ class Reader {
             names[i], "; do the two files belong together?");
       read_module(targets[i]);
     }
+    read_tokens();
   }
 
  private:
@@ -78,11 +93,15 @@ class Reader {
       const std::string& name = entry.name;
       const auto take = [&](const std::string& suffix, size_t which) {
         if (!name.starts_with(kPrefix) || !name.ends_with(suffix)) return false;
-        const size_t length = name.size() - kPrefix.size() - suffix.size();
-        halves_[name.substr(kPrefix.size(), length)][which] = name;
+        const std::string module =
+            name.substr(kPrefix.size(), name.size() - kPrefix.size() - suffix.size());
+        if (is_embedding(module) != (suffix == kEmbeddingA || suffix == kEmbeddingB)) return false;
+        halves_[module][which] = name;
         return true;
       };
-      if (!take(kA, 0) && !take(kB, 1) && !take(kMagnitude, 2)) others.push_back(&entry);
+      if (!take(kA, 0) && !take(kB, 1) && !take(kMagnitude, 2) && !take(kEmbeddingA, 0) &&
+          !take(kEmbeddingB, 1))
+        others.push_back(&entry);
     }
     for (const SafetensorsEntry* other : others) {
       const SafetensorsEntry& entry = *other;
@@ -93,6 +112,8 @@ class Reader {
         adapter_.replaced.emplace_back(parameter, read_adapter_tensor(file_, name, rank));
         continue;
       }
+      if (name == kPrefix + kTokenRows && !adapter_.config.trainable_token_indices.empty())
+        continue;
       if (name.starts_with(kPrefix) && is_whole_embedding(name) && entry.shape.size() == 2) {
         adapter_.embeddings.emplace_back(name, entry.shape[0]);
         continue;
@@ -129,7 +150,7 @@ class Reader {
   }
 
   static std::string module_of(const std::string& name) {
-    for (const std::string& suffix : {kA, kB, kMagnitude})
+    for (const std::string& suffix : {kA, kB, kMagnitude, kEmbeddingA, kEmbeddingB})
       if (name.starts_with(kPrefix) && name.ends_with(suffix))
         return name.substr(kPrefix.size(), name.size() - kPrefix.size() - suffix.size());
     return "";
@@ -143,6 +164,18 @@ class Reader {
     }
   }
 
+  void read_tokens() {
+    const size_t count = adapter_.config.trainable_token_indices.size();
+    const std::string name = kPrefix + kTokenRows;
+    if (count == 0) return;
+    CHECK(file_.find(name), file_.path(), ": tensor '", name,
+          "' is missing, but adapter_config.json has trainable_token_indices; is the file whole?");
+    adapter_.token_rows = read_adapter_tensor(file_, name, 2);
+    CHECK(adapter_.token_rows.size(0) == int64_t(count), file_.path(), ": tensor '", name, "' has ",
+          adapter_.token_rows.size(0), " rows, but trainable_token_indices of adapter_config.json ",
+          count, " tokens");
+  }
+
   void read_module(const LoraTarget& target) {
     AdapterModule module;
     module.name = target.name;
@@ -152,6 +185,11 @@ class Reader {
     module.b = read_adapter_tensor(file_, names[1], 2);
     check_rank(names[0], module.a, {target.r, module.a.size(1)}, 0);
     check_rank(names[1], module.b, {module.b.size(0), target.r}, 1);
+    if (is_embedding(target.name)) {
+      std::swap(module.a, module.b);
+      module.a = transposed(module.a);
+      module.b = transposed(module.b);
+    }
     CHECK(names[2].empty() || adapter_.config.use_dora, file_.path(), ": tensor '", names[2],
           "' has no place: it belongs to a DoRA layer, and adapter_config.json has use_dora false");
     CHECK(!names[2].empty() || !adapter_.config.use_dora, file_.path(), ": tensor '", kPrefix,
@@ -223,7 +261,7 @@ const AdapterModule* AdapterFile::find(const std::string& module) const {
 }
 
 bool AdapterFile::is_empty() const {
-  if (!replaced.empty()) return false;
+  if (!replaced.empty() || token_rows.defined()) return false;
   for (const AdapterModule& module : modules)
     for (int64_t i = 0; i < module.b.num_elements(); ++i)
       if (module.b.data<float>()[i] != 0) return false;
@@ -259,6 +297,11 @@ void check_same_base(const BaseFingerprint& got, const BaseFingerprint& wanted,
           a, ", here it is ", b, "; give the base that it was trained on, or --allow-other-base");
 }
 
+void check_pairs_alone(const AdapterFile& file, const std::string& what) {
+  CHECK(!file.token_rows.defined(), file.directory, ": has trainable_token_indices, which ", what,
+        " cannot keep; graft merge can");
+}
+
 void check_not_empty(const AdapterFile& file) {
   CHECK(!file.is_empty(), file.directory, ": B is zero in all ", file.modules.size(),
         " modules, so the adapter changes nothing; was it ever trained? --allow-empty takes it");
@@ -270,11 +313,17 @@ void write_adapter(const AdapterFile& file, const std::string& directory) {
     tensors.push_back({kPrefix + name, tensor.shape(), dtype, [tensor] { return tensor; }});
   };
   for (const AdapterModule& module : file.modules) {
+    if (is_embedding(module.name)) {
+      add(module.name + kEmbeddingA, transposed(module.b));
+      add(module.name + kEmbeddingB, transposed(module.a));
+      continue;
+    }
     add(module.name + kA, module.a);
     add(module.name + kB, module.b);
     if (module.magnitude.defined()) add(module.name + kMagnitude, module.magnitude);
   }
   CHECK(!tensors.empty(), "save_adapter: the model has no adapter");
+  if (file.token_rows.defined()) add(kTokenRows, file.token_rows);
   for (const auto& [name, tensor] : file.replaced) {
     const std::string module = name.substr(0, name.rfind('.'));
     add(module + (file.find(module) ? kBaseLayer : "") + name.substr(module.size()), tensor,

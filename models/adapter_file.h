@@ -13,9 +13,14 @@ namespace graft {
 
 class SafetensorsFile;
 
+// Before every name in the file; what follows it is the module's name in transformers.
+inline const std::string kAdapterPrefix = "base_model.model.";
+
 struct AdapterModule {
   std::string name;  // "model.layers.0.self_attn.q_proj"
-  Tensor a, b;       // (r, in), (out, r), F32
+  // (r, in), (out, r), F32. Of an embedding (r, H), (vocabulary, r): the file has the transposed
+  // ones, lora_embedding_B for a and lora_embedding_A for b.
+  Tensor a, b;
   Tensor magnitude;  // (out) F32; undefined but for DoRA
   double scaling = 1;
 };
@@ -25,13 +30,15 @@ struct AdapterFile {
   LoraConfig config;
   std::vector<AdapterModule> modules;  // by layer, and in the order of a layer's computation
   BaseFingerprint base;                // what the file says of its base; empty where it is silent
+  // (n, H) F32, the rows of config.trainable_token_indices; undefined where there are none.
+  Tensor token_rows;
   // Its own of the base's parameters, by their names in the base; F32.
   std::vector<std::pair<std::string, Tensor>> replaced;
   // Whole embedding matrices that PEFT saved beside it: name and number of tokens.
   std::vector<std::pair<std::string, int64_t>> embeddings;
 
   const AdapterModule* find(const std::string& module) const;
-  bool is_empty() const;  // every B is zero and nothing replaced: nothing was learned
+  bool is_empty() const;  // every B is zero, and there is nothing else: nothing was learned
 };
 
 // Reads `directory`/adapter_config.json. Missing keys take PEFT's defaults (r 8, lora_alpha 8,
@@ -54,6 +61,9 @@ std::vector<std::string> short_names(const AdapterFile& file);
 // `what`. Unknown fingerprints agree with all.
 void check_same_base(const BaseFingerprint& got, const BaseFingerprint& wanted,
                      const std::string& what);
+
+// Throws Error for an adapter that has more than pairs, which `what` cannot keep.
+void check_pairs_alone(const AdapterFile& file, const std::string& what);
 
 // Throws Error for an adapter of which every B is zero.
 void check_not_empty(const AdapterFile& file);

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <filesystem>
 
+#include "autograd/tape.h"
 #include "models/replaced_parameters.h"
 
 namespace graft {
@@ -39,12 +40,15 @@ int64_t AdapterStack::put_on(const AdapterFile& file, double weight, const Adapt
         ", expected a number");
   check_replaced(model_, file, weight);
   // attach_adapter puts it where the trained one is; that one steps aside for a moment.
-  const std::vector<NamedLinear> layers = linear_layers(model_);
+  const std::vector<NamedLinear> layers = adaptable_layers(model_);
   std::vector<std::unique_ptr<LoraPair>> trained;
   for (const NamedLinear& layer : layers) trained.push_back(std::move(layer.linear->lora));
+  std::optional<TokenRows> trained_tokens = std::move(model_.embed_tokens.tokens);
+  model_.embed_tokens.tokens.reset();
   renumber(model_, 0, kAside);
   const auto put_back = [&] {
     for (size_t i = 0; i < layers.size(); ++i) layers[i].linear->lora = std::move(trained[i]);
+    model_.embed_tokens.tokens = std::move(trained_tokens);
     renumber(model_, kAside, 0);
   };
   try {
@@ -54,16 +58,24 @@ int64_t AdapterStack::put_on(const AdapterFile& file, double weight, const Adapt
     throw;
   }
   const int64_t id = next_id_++;
-  for (const NamedLinear& layer : layers) {
-    Linear& linear = *layer.linear;
-    if (!linear.lora) continue;
-    LoraPair pair = std::move(*linear.lora);
+  const auto freeze = [&](Linear& linear, LoraPair pair) {
     pair.dropout_p = 0;
     pair.a = Variable(pair.a.value());  // constants from now on
     pair.b = Variable(pair.b.value());
     if (pair.magnitude.defined()) pair.magnitude = Variable(pair.magnitude.value());
     linear.stack.push_back({id, std::move(pair), weight});
     linear.restack();
+  };
+  for (const NamedLinear& layer : layers)
+    if (layer.linear->lora) freeze(*layer.linear, std::move(*layer.linear->lora));
+  if (model_.embed_tokens.tokens) {
+    const NoRecord off;
+    const ops::LoraArguments rows = model_.embed_tokens.tokens->pair();
+    LoraPair pair;
+    pair.a = rows.a;
+    pair.b = rows.b;
+    freeze(model_.embed_tokens, pair);
+    if (model_.is_tied()) freeze(model_.lm_head, pair);
   }
   renumber(model_, 0, id);
   for (ReplacedParameter& one : model_.replaced)
@@ -76,15 +88,16 @@ int64_t AdapterStack::put_on(const AdapterFile& file, double weight, const Adapt
 template <class Change>
 void AdapterStack::change(int64_t id, Change change) {
   bool found = false;
-  for (const NamedLinear& layer : linear_layers(model_)) {
+  for (const NamedLinear& layer : adaptable_layers(model_)) {
     auto& stack = layer.linear->stack;
-    for (size_t i = 0; i < stack.size(); ++i) {
+    bool here = false;
+    for (size_t i = stack.size(); i-- > 0;) {
       if (stack[i].id != id) continue;
-      found = true;
+      here = true;
       change(stack, i);
-      layer.linear->restack();
-      break;
     }
+    if (here) layer.linear->restack();
+    found = found || here;
   }
   CHECK(found, "adapter stack: no adapter ", id, " is on the model");
 }

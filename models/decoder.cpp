@@ -118,7 +118,7 @@ void Decoder::check_ids(const int32_t* ids, int64_t count) const {
 Variable Decoder::embed(const Tensor& input_ids) const {
   if (input_ids.device() == Device::CPU)
     check_ids(input_ids.data<int32_t>(), input_ids.num_elements());
-  return ops::embedding(input_ids, embed_tokens.weight, compute_dtype_);
+  return embed_tokens.forward(input_ids, compute_dtype_);
 }
 
 void Decoder::reserve_positions(int64_t positions) {
@@ -192,24 +192,38 @@ Variable Decoder::forward(const PackedBatch& batch, const ForwardContext& contex
   return norm.forward(x);
 }
 
+// With tied weights the rows that are trained are the head's too.
+std::vector<ops::LoraArguments> Decoder::head_pairs(const ForwardContext& context) const {
+  std::vector<ops::LoraArguments> pairs = lm_head.added_pairs(context);
+  if (is_tied() && embed_tokens.tokens) pairs.push_back(embed_tokens.tokens->pair());
+  return pairs;
+}
+
 Variable Decoder::loss(const PackedBatch& batch, const ForwardContext& context, double scale,
                        bool gradient_checkpointing, Tensor* token_losses) {
-  CHECK(!lm_head.lora, "decoder: an adapter on lm_head is not supported");
   const Variable hidden_states = forward(batch, context, gradient_checkpointing);
+  const auto adapters = head_pairs(context);
   if (batch.labelled.rows.defined())
     return ops::linear_cross_entropy(hidden_states, lm_head.weight, batch.labelled, scale,
-                                     token_losses);
-  return ops::linear_cross_entropy(hidden_states, lm_head.weight, batch.labels, scale,
-                                   token_losses);
+                                     token_losses, 0, adapters);
+  return ops::linear_cross_entropy(hidden_states, lm_head.weight, batch.labels, scale, token_losses,
+                                   0, adapters);
 }
 
 Tensor Decoder::logits(const Tensor& hidden_states) {
-  CHECK(!lm_head.lora, "decoder: an adapter on lm_head is not supported");
   const DType dtype = compute_dtype_ == DType::F64 ? DType::F64 : DType::F32;
   Tensor result =
       Tensor::empty({hidden_states.num_rows(), config_.vocab_size}, dtype, hidden_states.device());
-  const GemmTerm term{hidden_states, lm_head.weight.value(), false, true, 1};
-  backend_of(hidden_states).gemm(result, {&term, 1});
+  std::vector<GemmTerm> terms{{hidden_states, lm_head.weight.value(), false, true, 1}};
+  for (const ops::LoraArguments& pair : head_pairs({})) {
+    const DType narrow = device_ == Device::CUDA ? compute_dtype_ : dtype;
+    Tensor u = Tensor::empty({hidden_states.num_rows(), pair.a.shape()[0]}, narrow, device_,
+                             Scope::Scratch);
+    const GemmTerm down{hidden_states, pair.a.value(), false, true, 1};
+    backend_of(u).gemm(u, {&down, 1});
+    terms.push_back({u, pair.b.value(), false, true, pair.scaling});
+  }
+  backend_of(hidden_states).gemm(result, terms);
   return result;
 }
 

@@ -129,6 +129,7 @@ class Decoder {
   Variable merged_layer_forward(const DecoderLayer& layer, const Variable& x,
                                 const PackedBatch& batch, const ForwardContext& context) const;
   Variable embed(const Tensor& input_ids) const;
+  std::vector<ops::LoraArguments> head_pairs(const ForwardContext& context) const;
   void check_ids(const int32_t* ids, int64_t count) const;
   double attention_scale() const;
   ModelConfig config_;

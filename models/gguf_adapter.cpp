@@ -104,6 +104,7 @@ Tensor gguf_b(const AdapterModule& module, const ModelConfig& model, float alpha
 
 void write_gguf_adapter(const AdapterFile& file, const ModelConfig& model,
                         const std::string& path) {
+  check_pairs_alone(file, "a GGUF adapter");
   const AdapterModule& first = file.modules.at(0);
   const float alpha = float(first.scaling * double(first.a.size(0)));
   Bytes head, data;

@@ -24,12 +24,14 @@ struct Collect : Visitor {
     std::string name;
     Tensor weight;
     std::vector<std::pair<const AdapterModule*, double>> deltas;
+    std::vector<std::pair<const AdapterFile*, double>>
+        tokens;  // rows that take the place of its own
   };
   std::vector<One> all;
   Tensor head;  // of lm_head, tied or not
 
   void parameter(const std::string& name, Variable& value) override {
-    all.push_back({name, value.value(), {}});
+    all.push_back({name, value.value(), {}, {}});
   }
   void linear(const std::string& name, Linear& module) override {
     if (name == "lm_head") head = module.weight.value();
@@ -41,11 +43,28 @@ struct Collect : Visitor {
   }
 };
 
+// sum[id] += weight (row - w[id]).
+void add_token_rows(Tensor& sum, const Tensor& w, const AdapterFile& file, double weight) {
+  const std::vector<int64_t>& ids = file.config.trainable_token_indices;
+  CHECK(file.token_rows.size(1) == w.size(1), file.directory, ": the rows of tokens are ",
+        file.token_rows.size(1), " wide, the embedding ", w.size(1));
+  for (size_t i = 0; i < ids.size(); ++i) {
+    CHECK(ids[i] < w.size(0), file.directory, ": token ", ids[i], " has no place in this model of ",
+          w.size(0), " tokens");
+    const Tensor from = w.slice_rows(ids[i], ids[i] + 1).to(DType::F32, Scope::Scratch);
+    const float* row = file.token_rows.data<float>() + int64_t(i) * w.size(1);
+    float* to = sum.data<float>() + ids[i] * w.size(1);
+    for (int64_t c = 0; c < w.size(1); ++c)
+      to[c] += float(weight * (double(row[c]) - from.data<float>()[c]));
+  }
+}
+
 Tensor merged(const Collect::One& one) {
-  if (one.deltas.empty()) return one.weight;
+  if (one.deltas.empty() && one.tokens.empty()) return one.weight;
   Tensor sum = Tensor::empty(one.weight.shape(), DType::F32, Device::CPU, Scope::Scratch);
   backend_of(sum).copy(sum, one.weight);
   for (const auto& [module, weight] : one.deltas) add_delta(sum, one.weight, *module, weight);
+  for (const auto& [file, weight] : one.tokens) add_token_rows(sum, one.weight, *file, weight);
   return sum;
 }
 
@@ -131,7 +150,7 @@ Nf4Loss write_merged(Decoder& base, const std::string& model_dir,
   const auto untie = [&](const std::string& name) {
     if (!tied || (name != "lm_head.weight" && name != "model.embed_tokens.weight")) return;
     tied = false;
-    collect.all.push_back({"lm_head.weight", collect.head, {}});
+    collect.all.push_back({"lm_head.weight", collect.head, {}, {}});
   };
   for (const WeightedAdapter& adapter : adapters) {
     for (const AdapterModule& module : adapter.file.modules) {
@@ -149,6 +168,12 @@ Nf4Loss write_merged(Decoder& base, const std::string& model_dir,
             "' has no place in this model");
       one->weight = own;
     }
+  }
+  for (const WeightedAdapter& adapter : adapters) {
+    if (!adapter.file.token_rows.defined()) continue;
+    collect.find("model.embed_tokens.weight")->tokens.emplace_back(&adapter.file, adapter.weight);
+    if (base.is_tied() && !tied)
+      collect.find("lm_head.weight")->tokens.emplace_back(&adapter.file, adapter.weight);
   }
   Nf4Loss loss;
   std::vector<TensorToMake> tensors;

@@ -112,6 +112,7 @@ AdapterFile read_mlx_adapter(const std::string& directory) {
 }
 
 void write_mlx_adapter(const AdapterFile& file, int64_t num_layers, const std::string& directory) {
+  check_pairs_alone(file, "MLX's format");
   const double scale = file.modules.at(0).scaling;
   int64_t rank = 0, first = num_layers;
   std::set<std::string> keys;

@@ -1,5 +1,7 @@
 #include "nn/linear.h"
 
+#include "tensor/backend.h"
+
 namespace graft {
 
 namespace {
@@ -40,6 +42,15 @@ Variable Linear::forward(const Variable& x, const ForwardContext& context) const
   return stacked_.a.defined() ? add_stacked(y, x) : y;
 }
 
+std::vector<ops::LoraArguments> Linear::added_pairs(const ForwardContext& context) const {
+  CHECK(!has_dora(*this) && !stacked_rows_.magnitude.defined(),
+        "linear: DoRA cannot be added to a product that is part of another op");
+  std::vector<ops::LoraArguments> pairs;
+  if (lora) pairs.push_back(arguments_of(*lora, context));
+  if (stacked_.a.defined()) pairs.push_back(arguments_of(stacked_, context));
+  return pairs;
+}
+
 Variable swiglu_of(const Linear& gate_proj, const Linear& up_proj, const Variable& x,
                    const ForwardContext& context) {
   const bool later = (has_dora(gate_proj) || has_dora(up_proj)) &&
@@ -64,7 +75,43 @@ void RmsNorm::visit(const std::string& prefix, Visitor& visitor) {
   if (weight.defined()) visitor.parameter(prefix + ".weight", weight);
 }
 
+ops::LoraArguments TokenRows::pair() const {
+  return {ops::add(rows, Variable(minus_base)), Variable(places), 1, 0, {}};
+}
+
+void Embedding::train_tokens(const std::vector<int64_t>& ids) {
+  const Tensor& w = weight.value();
+  const int64_t n = int64_t(ids.size()), vocabulary = w.size(0);
+  const Device device = w.device(), made_on = device == Device::CUDA ? Device::CPU : device;
+  const auto zeros = [&](Shape shape) {
+    return Tensor::zeros(shape, DType::F32, made_on, Scope::Adapters);
+  };
+  Tensor rows = zeros({n, w.size(1)}), minus = zeros({n, w.size(1)}),
+         places = zeros({vocabulary, n});
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t id = ids[size_t(i)];
+    CHECK(id >= 0 && id < vocabulary, "lora: trainable_token_indices holds ", id,
+          ", but the embedding has rows 0 to ", vocabulary - 1);
+    if (device == Device::Meta) continue;
+    Tensor row = rows.slice_rows(i, i + 1), less = minus.slice_rows(i, i + 1);
+    backend_of(row).copy(row, w.slice_rows(id, id + 1).to(Device::CPU));
+    backend_of(less).scale(less, row, -1);
+    places.data<float>()[id * n + i] = 1;
+  }
+  tokens = TokenRows{ids, Variable(rows.to(device, Scope::Adapters), true),
+                     minus.to(device, Scope::Adapters), places.to(device, Scope::Adapters)};
+}
+
+Variable Embedding::forward(const Tensor& ids, DType dtype) const {
+  Variable y = ops::embedding(ids, weight, dtype);
+  for (const ops::LoraArguments& pair : added_pairs({}))
+    y = ops::add_embedding_low_rank(y, ids, pair);
+  if (tokens) y = ops::add_embedding_low_rank(y, ids, tokens->pair());
+  return y;
+}
+
 void Embedding::visit(const std::string& prefix, Visitor& visitor) {
+  visitor.embedding(prefix, *this);
   visitor.parameter(prefix + ".weight", weight);
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -40,6 +41,9 @@ struct Linear {
   // Makes one pair of the whole stack, so that any number of adapters costs two narrow products.
   void restack();
   Variable forward(const Variable& x, const ForwardContext& context) const;
+  // What is added to W x, as pairs: the trained adapter, and the stack. For a layer whose product
+  // is part of another op; DoRA is no sum and has no place there.
+  std::vector<ops::LoraArguments> added_pairs(const ForwardContext& context) const;
   void visit(const std::string& prefix, Visitor& visitor);
   int64_t in_features() const { return weight.shape()[1]; }
   int64_t out_features() const { return weight.shape()[0]; }
@@ -65,8 +69,26 @@ struct RmsNorm {
   void visit(const std::string& prefix, Visitor& visitor);
 };
 
-struct Embedding {
-  Variable weight;  // (vocabulary, H)
+// Rows of an embedding that are trained by themselves, PEFT's trainable_token_indices. Beside the
+// frozen weight they are a pair: B has a one where the row of an id and its column meet, and A is
+// what each row has become less what the base has.
+struct TokenRows {
+  std::vector<int64_t> ids;
+  Variable rows;      // (n, H) F32 leaf
+  Tensor minus_base;  // (n, H) F32
+  Tensor places;      // (vocabulary, n) F32, the B of the pair
+  ops::LoraArguments pair() const;
+};
+
+// The weight is (vocabulary, H). An adapter makes W + scaling B A of it as it does of a linear
+// layer's, so that B is (vocabulary, r) and A (r, H); in files PEFT has the transposed ones, A for
+// B and B for A (models/adapter_file.h). Dropout leaves it alone, as in PEFT.
+struct Embedding : Linear {
+  std::optional<TokenRows> tokens;
+
+  // Begins with the base's rows. Throws Error for an id that the weight has no row for.
+  void train_tokens(const std::vector<int64_t>& ids);
+  Variable forward(const Tensor& ids, DType dtype) const;
   void visit(const std::string& prefix, Visitor& visitor);
 };
 

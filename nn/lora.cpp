@@ -67,7 +67,8 @@ std::string join(const std::set<std::string>& names) {
                                      const std::vector<std::string>& names) {
   std::set<std::string> candidates;
   for (const auto& name : names)
-    if (name != "lm_head") candidates.insert(name.substr(name.rfind('.') + 1));
+    if (name != "lm_head" && !is_embedding(name))
+      candidates.insert(name.substr(name.rfind('.') + 1));
   const std::set<std::string> wanted(config.target_modules.begin(), config.target_modules.end());
   int64_t last_layer = 0;
   for (const auto& name : names) last_layer = std::max(last_layer, layer_index(name));
@@ -106,10 +107,13 @@ void fill_uniform(const Tensor& t, Random& random, double bound) {
 }
 
 // a (r, in) and b (out, r), on the CPU.
-void initialise(Tensor& a, Tensor& b, const LoraPair& pair, LoraConfig::Init init, uint64_t seed) {
+void initialise(Tensor& a, Tensor& b, const LoraPair& pair, LoraConfig::Init init, bool embedding,
+                uint64_t seed) {
   const int64_t r = a.size(0), in_features = a.size(1);
   Random random(seed, 0x10aa000000000000u + pair.module);  // a stream of its own for each layer
-  if (init == LoraConfig::Init::Gaussian) {
+  if (embedding) {
+    for (int64_t i = 0; i < a.num_elements(); ++i) a.data<float>()[i] = float(random.normal());
+  } else if (init == LoraConfig::Init::Gaussian) {
     for (int64_t i = 0; i < a.num_elements(); ++i)
       a.data<float>()[i] = float(random.normal() / double(r));
   } else {
@@ -134,6 +138,8 @@ int64_t layer_index(const std::string& name) {
   return -1;
 }
 
+bool is_embedding(const std::string& name) { return is_suffix(name, "embed_tokens"); }
+
 bool is_all_linear(const LoraConfig& config) {
   return config.target_modules.size() == 1 && lower(config.target_modules[0]) == "all-linear";
 }
@@ -152,6 +158,14 @@ void validate(const LoraConfig& config) {
     CHECK(layer >= 0, "lora: layers_to_transform holds ", layer, ", expected layers from 0");
   for (const std::string& entry : config.modules_to_save)
     CHECK(!entry.empty(), "lora: modules_to_save holds an empty name");
+  const auto& tokens = config.trainable_token_indices;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    CHECK(tokens[i] >= 0, "lora: trainable_token_indices holds ", tokens[i],
+          ", expected token ids from 0");
+    CHECK(std::find(tokens.begin(), tokens.begin() + std::ptrdiff_t(i), tokens[i]) ==
+              tokens.begin() + std::ptrdiff_t(i),
+          "lora: trainable_token_indices holds ", tokens[i], " twice");
+  }
   for (const auto& [key, r] : config.rank_pattern)
     CHECK(r >= 1, "lora: rank_pattern '", key, "' is ", r, ", expected at least 1");
   for (const auto& [key, alpha] : config.alpha_pattern)
@@ -180,8 +194,8 @@ std::vector<LoraTarget> match_targets(const LoraConfig& config,
     return std::find(layers.begin(), layers.end(), layer_index(name)) != layers.end();
   };
   for (const char* name : {"model.embed_tokens", "lm_head"})
-    CHECK(!is_target(name), "lora: target_modules matches ", name,
-          "; adapters on the embedding or the output head are not supported, leave it out");
+    CHECK(!config.use_dora || !is_target(name), "lora: target_modules matches ", name,
+          ", on which DoRA is not supported; leave it out, or take use_dora: false");
   for (const std::string& name : other_modules(names))
     CHECK(all_linear || !is_target(name), "lora: target_modules matches ", name,
           ", which is not a linear layer, and PEFT would not load such an adapter; name linear "
@@ -203,7 +217,7 @@ std::vector<LoraTarget> attach_lora(const std::vector<NamedLinear>& layers,
   std::vector<std::string> names;
   for (const auto& layer : layers) names.push_back(layer.name);
   const auto targets = match_targets(config, names);
-  for (const auto& layer : layers) layer.linear->lora.reset();
+  detach_lora(layers);
 
   uint32_t module = 0;
   auto layer = layers.begin();
@@ -222,13 +236,38 @@ std::vector<LoraTarget> attach_lora(const std::vector<NamedLinear>& layers,
     pair->scaling = target.scaling;
     pair->dropout_p = config.lora_dropout;
     pair->module = module++;
-    if (device != Device::Meta) initialise(a, b, *pair, config.init_lora_weights, seed);
+    if (device != Device::Meta)
+      initialise(a, b, *pair, config.init_lora_weights, is_embedding(target.name), seed);
     pair->a = Variable(a.to(device, Scope::Adapters), true);
     pair->b = Variable(b.to(device, Scope::Adapters), true);
     if (config.use_dora) start_dora(*pair, linear.weight.value());
     linear.lora = std::move(pair);
   }
+  if (config.trainable_token_indices.empty()) return targets;
+  for (const auto& one : layers) {
+    if (!is_embedding(one.name)) continue;
+    for (const std::string& entry : config.modules_to_save)
+      CHECK(!one.name.ends_with(entry),
+            "lora: modules_to_save and trainable_token_indices both take ", one.name,
+            "; leave it out of one");
+    CHECK(!one.linear->lora, "lora: target_modules and trainable_token_indices both take ",
+          one.name, "; leave it out of one");
+    static_cast<Embedding*>(one.linear)->train_tokens(config.trainable_token_indices);
+  }
   return targets;
+}
+
+void detach_lora(const std::vector<NamedLinear>& layers) {
+  for (const auto& layer : layers) {
+    layer.linear->lora.reset();
+    if (is_embedding(layer.name)) static_cast<Embedding*>(layer.linear)->tokens.reset();
+  }
+}
+
+std::vector<std::pair<std::string, Variable>> token_leaves(const std::string& module,
+                                                           const Embedding& embedding) {
+  if (!embedding.tokens) return {};
+  return {{module + ".token_adapter.trainable_tokens_delta", embedding.tokens->rows}};
 }
 
 std::vector<std::pair<std::string, Variable>> adapter_leaves(const std::string& module,

@@ -31,6 +31,7 @@ struct LoraConfig {
   // Keys are regular expressions, (.*\.)?(KEY)$ must match the module name; overlaps are an error.
   std::vector<std::pair<std::string, int64_t>> rank_pattern;
   std::vector<std::pair<std::string, double>> alpha_pattern;
+  std::vector<int64_t> trainable_token_indices;  // rows of embed_tokens (nn/linear.h, TokenRows)
   bool use_rslora = false;
   bool use_dora = false;  // nn/dora.h
   // Biases of the base that are trained too: of the adapted layers, or all.
@@ -64,16 +65,16 @@ struct LoraTarget {
 // "model.layers.3.mlp.up_proj"; -1 where there is none.
 int64_t layer_index(const std::string& name);
 
-// names: every linear module of the model, in model order, lm_head included. Throws an Error that
-// lists what could match when nothing does.
+// names: the embedding and every linear module, in model order, lm_head included. Throws an Error
+// that lists what could match when nothing does.
 std::vector<LoraTarget> match_targets(const LoraConfig& config,
                                       const std::vector<std::string>& names);
 
 // Attaches fresh pairs to the layers of `model` (anything with visit()) that the config names,
 // initialised from `seed`: A by U(-1/sqrt(in), 1/sqrt(in)) (Kaiming uniform with a = sqrt 5) or
-// N(0, 1/r^2), B zero; Random fills both. Deterministic, and independent of the order of
-// allocation. On Device::Meta nothing is filled. With use_dora the weights must have their values:
-// the magnitudes are made from them.
+// N(0, 1/r^2), B zero; of an embedding A by N(0, 1), as PEFT has it; Random fills both.
+// Deterministic, and independent of the order of allocation. On Device::Meta nothing is filled.
+// With use_dora the weights must have their values: the magnitudes are made from them.
 template <class Model>
 std::vector<LoraTarget> attach_lora(Model& model, const LoraConfig& config, uint64_t seed);
 
@@ -84,6 +85,9 @@ struct NamedLinear {
 };
 std::vector<LoraTarget> attach_lora(const std::vector<NamedLinear>& layers,
                                     const LoraConfig& config, uint64_t seed);
+
+// Takes off what attach_lora put on; frozen adapters stay.
+void detach_lora(const std::vector<NamedLinear>& layers);
 
 template <class Model>
 std::vector<NamedLinear> linear_layers(Model& model) {
@@ -96,10 +100,31 @@ std::vector<NamedLinear> linear_layers(Model& model) {
   model.visit("", collect);
   return std::move(collect.layers);
 }
+// What an adapter may be attached to, in model order: the embedding, and every linear layer.
+template <class Model>
+std::vector<NamedLinear> adaptable_layers(Model& model) {
+  struct Collect : Visitor {
+    std::vector<NamedLinear> layers;
+    void embedding(const std::string& name, Embedding& module) override {
+      layers.push_back({name, &module});
+    }
+    void linear(const std::string& name, Linear& module) override {
+      layers.push_back({name, &module});
+    }
+  } collect;
+  model.visit("", collect);
+  return std::move(collect.layers);
+}
 template <class Model>
 std::vector<LoraTarget> attach_lora(Model& model, const LoraConfig& config, uint64_t seed) {
-  return attach_lora(linear_layers(model), config, seed);
+  return attach_lora(adaptable_layers(model), config, seed);
 }
+// Whether a module of this name is an embedding.
+bool is_embedding(const std::string& name);
+
+// The rows of the embedding that are trained, by PEFT's name; none where there are none.
+std::vector<std::pair<std::string, Variable>> token_leaves(const std::string& module,
+                                                           const Embedding& embedding);
 
 // What of a pair is trained, in this order, by name: module + ".lora_A", ".lora_B", and with DoRA
 // ".lora_magnitude_vector".

@@ -78,10 +78,16 @@ TEST_P(WrittenByPeft, SurvivesTheRoundTrip) {
   EXPECT_LT(logits_error(*model, golden), 1e-5);
   const SafetensorsFile theirs(directory + "/adapter_model.safetensors");
   const SafetensorsFile ours(scratch / "a/adapter_model.safetensors");
-  ASSERT_EQ(ours.entries().size(), theirs.entries().size());
-  for (const auto& entry : theirs.entries())
+  size_t of_the_base = 0;  // PEFT keeps a copy of an embedding or a head beside an adapter on it
+  for (const auto& entry : theirs.entries()) {
+    if (entry.name.ends_with(".base_layer.weight")) {
+      ++of_the_base;
+      continue;
+    }
     EXPECT_EQ(ours.tensor(entry.name).to_doubles(), theirs.tensor(entry.name).to_doubles())
         << entry.name;
+  }
+  EXPECT_EQ(ours.entries().size(), theirs.entries().size() - of_the_base);
 }
 INSTANTIATE_TEST_SUITE_P(Adapters, WrittenByPeft, testing::ValuesIn(adapters(false)),
                          [](const auto& info) { return info.param; });
@@ -99,7 +105,7 @@ TEST_P(Refused, ByNameAndWhole) {
     EXPECT_NE(std::string(error.what()).find(directory), std::string::npos) << error.what();
     EXPECT_EQ(std::string(error.what()).find('\n'), std::string::npos) << error.what();
   }
-  for (const auto& layer : linear_layers(*model)) EXPECT_EQ(layer.linear->lora, nullptr);
+  for (const auto& layer : adaptable_layers(*model)) EXPECT_EQ(layer.linear->lora, nullptr);
 }
 INSTANTIATE_TEST_SUITE_P(Adapters, Refused, testing::ValuesIn(adapters(true)),
                          [](const auto& info) { return info.param; });

@@ -197,18 +197,6 @@ TEST(Decoder, RefusesIdsOutsideTheVocabularyAndEmptyBatches) {
   EXPECT_THROW(model->forward_cached({}, cache), Error);
 }
 
-TEST(Decoder, RefusesAnAdapterOnTheHead) {
-  const auto model = random_model(tiny(), DType::F32, 1);
-  LoraConfig config = adapters(0);
-  config.target_modules = {"lm_head"};
-  EXPECT_THROW(
-      {
-        attach_lora(*model, config, 1);
-        model->loss(pack(kRows, kRows), {}, 1);
-      },
-      Error);
-}
-
 TEST(Decoder, VisitsModulesUnderTheirHuggingFaceNames) {
   ModelConfig config = tiny();
   config.tie_word_embeddings = true;

@@ -210,6 +210,13 @@ std::vector<OpCase> elementwise_cases(const OpSizes& s) {
        [T, s](const Inputs& in, DType dtype) {
          return ops::embedding(random_ids(T, s.V, 3), in[0], dtype);
        }},
+
+      {"embedding_low_rank",
+       {{kX, {T, s.H}}, {kA, {s.r, s.H}}, {kA, {s.V, s.r}}},
+       [T, s](const Inputs& in, DType) {
+         return ops::add_embedding_low_rank(in[0], random_ids(T, s.V, 3),
+                                            {in[1], in[2], 0.7, 0, {}});
+       }},
       {"rms_norm",
        {{kX, {T, H}}, {kW, {H}}},
        [](const Inputs& in, DType) { return ops::rms_norm(in[0], in[1], 1e-5); }},
@@ -290,6 +297,14 @@ std::vector<OpCase> product_cases(const OpSizes& s) {
        {{kX, {T, H}}, {kW, {V, H}}},
        [T, V](const Inputs& in, DType) {
          return ops::linear_cross_entropy(in[0], in[1], some_labels(T, V), 0.1, nullptr, 1 + T / 4);
+       }},
+      {"linear_cross_entropy_with_adapters",
+       {{kX, {T, H}}, {kW, {V, H}}, {kA, {r, H}}, {kA, {V, r}}, {kA, {r + 1, H}}, {kA, {V, r + 1}}},
+       [T, V](const Inputs& in, DType) {
+         const DropoutKey key{.seed = 99, .step = 3, .module = 5, .first_row = 1000};
+         return ops::linear_cross_entropy(
+             in[0], in[1], some_labels(T, V), 0.1, nullptr, 1 + T / 4,
+             {{in[2], in[3], 0.7, 0.3, key}, {in[4], in[5], 0.5, 0, {}}});
        }},
   };
 }

@@ -35,7 +35,7 @@ BaseOfAdapters::BaseOfAdapters(const std::string& model,
 BaseWeight BaseOfAdapters::weights() const {
   if (!model_) return {};
   return [model = model_](const std::string& name) {
-    for (const NamedLinear& layer : linear_layers(*model))
+    for (const NamedLinear& layer : adaptable_layers(*model))
       if (layer.name == name) return layer.linear->weight.value();
     fail("'", name, "' has no place in the base; is it the base of the adapter?");
   };

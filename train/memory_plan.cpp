@@ -70,7 +70,7 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
   if (!full) plan.targets = attach_fresh_adapter(*model, lora, 0);
   const auto leaves = trained_leaves(*model, options.method, options.loraplus_lr_ratio);
   for (const auto& [name, leaf] : leaves) plan.trainable_parameters += leaf.value().num_elements();
-  for (const auto& [name, linear] : linear_layers(*model)) {
+  for (const auto& [name, linear] : adaptable_layers(*model)) {
     if (!linear->lora) continue;
     plan.module_parameters.emplace_back(name, 0);
     for (const auto& [leaf, variable] : adapter_leaves(name, *linear->lora))

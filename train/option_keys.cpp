@@ -315,6 +315,19 @@ Row layers_row() {
   return made;
 }
 
+Row tokens_row() {
+  Row made = lora_row("trainable_token_indices", Form::List, "token ids",
+                      "tokens whose rows of embed_tokens are trained too");
+  made.key.read = [](TrainOptions& o, const YAML::Node& node) {
+    return read_list(o.lora.trainable_token_indices, node,
+                     [](int64_t& value, const YAML::Node& item) {
+                       return read_number(value, item) && value >= 0;
+                     });
+  };
+  made.key.write = [](const TrainOptions& o) { return Json(o.lora.trainable_token_indices); };
+  return made;
+}
+
 Row dora_row() {
   Row made = boolean(Group::Lora, "use_dora", at(&LoraConfig::use_dora), "the same as method dora");
   made.key.write = [](const TrainOptions& o) { return Json(uses_dora(o)); };
@@ -355,6 +368,7 @@ std::vector<Row> lora_rows() {
       module_names("exclude_modules", &C::exclude_modules, &C::exclude_is_regex,
                    "layers that get none"),
       layers_row(),
+      tokens_row(),
       pattern<int64_t>("rank_pattern", &C::rank_pattern, 1,
                        "a map from module patterns to integers from 1 up", "r by module"),
       pattern<double>("alpha_pattern", &C::alpha_pattern, 0,

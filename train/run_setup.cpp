@@ -54,7 +54,7 @@ void load_start_adapter(Decoder& model, TrainOptions& options) {
   loaded.lora.base_model_name_or_path = options.lora.base_model_name_or_path;
   if (options.given.contains("lora_dropout")) {
     loaded.lora.lora_dropout = options.lora.lora_dropout;
-    for (NamedLinear& layer : linear_layers(model))
+    for (NamedLinear& layer : adaptable_layers(model))
       if (layer.linear->lora) layer.linear->lora->dropout_p = options.lora.lora_dropout;
   }
   for (const OptionKey& key : option_keys()) {
@@ -83,6 +83,10 @@ struct CollectLeaves : Visitor {
       value.set_value(value.value().to(DType::F32, Scope::Weights));
     value.set_requires_grad(true);
     leaves.emplace_back(name, value);
+  }
+  void embedding(const std::string& name, Embedding& module) override {
+    linear(name, module);
+    for (auto& leaf : token_leaves(name, module)) leaves.push_back(std::move(leaf));
   }
   void linear(const std::string& name, Linear& module) override {
     if (!module.lora) return;
@@ -183,6 +187,9 @@ std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string&
     attach_fresh_adapter(*model, options.lora, options.seed);
   else
     load_start_adapter(*model, options);
+  CHECK(options.loraplus_lr_ratio == 1 || !model->embed_tokens.lora,
+        "train: loraplus_lr_ratio is given, and target_modules name the embedding, for which LoRA+ "
+        "has a rate of its own that graft has not; leave either out");
   AdapterStack stack(*model);
   for (const std::string& text : options.base_adapters) {
     const AdapterChoice base = parse_adapter_choice(text);

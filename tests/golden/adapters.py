@@ -36,7 +36,7 @@ def save(peft_model, folder):
 def adapted(peft_model):
     """(name in the transformers model, module) of each adapted module, in the model's order."""
     for name, module in peft_model.base_model.model.named_modules():
-        if hasattr(module, "lora_A") and len(module.lora_A):
+        if hasattr(module, "lora_A") and (len(module.lora_A) or len(module.lora_embedding_A)):
             yield name, module
 
 
@@ -44,11 +44,19 @@ def factors(peft_model):
     """A, B and, with DoRA, m by their names in the adapter file."""
     out = {}
     for name, module in adapted(peft_model):
+        if len(module.lora_embedding_A):
+            out[f"base_model.model.{name}.lora_embedding_A"] = module.lora_embedding_A["default"]
+            out[f"base_model.model.{name}.lora_embedding_B"] = module.lora_embedding_B["default"]
+            continue
         out[f"base_model.model.{name}.lora_A.weight"] = module.lora_A["default"].weight
         out[f"base_model.model.{name}.lora_B.weight"] = module.lora_B["default"].weight
         if len(module.lora_magnitude_vector):
             out[f"base_model.model.{name}.lora_magnitude_vector"] = (
                 module.lora_magnitude_vector["default"].weight)
+    for name, module in peft_model.base_model.model.named_modules():
+        if name.endswith("embed_tokens.token_adapter"):
+            out[f"base_model.model.{name}.trainable_tokens_delta"] = (
+                module.trainable_tokens_delta["default"])
     return out
 
 

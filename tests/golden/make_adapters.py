@@ -1,5 +1,5 @@
 # Adapters that PEFT wrote, with PEFT's logits; and adapters that graft must refuse.
-from adapters import describe, parameters_line, save, wrap
+from adapters import describe, factors, parameters_line, save, wrap
 from common import MODELS, fresh_folder, generator, largest_difference, load_model, logits_of
 from common import write_json
 
@@ -19,6 +19,14 @@ CASES = {
     "patterns": ("qwen3_tied", 104, {**PATTERNS, "layers_to_transform": [1]}),
     "patterns_all_layers": ("qwen2_tied", 105, PATTERNS),
     "regex": ("llama_gqa", 106, {"target_modules": r".*\.1\.(self_attn\.[qv]_proj|mlp\.\w+_proj)"}),
+    "embedding_and_head": ("llama_gqa", 115,
+                           {"target_modules": ["embed_tokens", "q_proj", "lm_head"]}),
+    "embedding_tied": ("qwen2_tied", 116, {"target_modules": ["embed_tokens", "up_proj"]}),
+    "tokens": ("llama_gqa", 118, {"target_modules": ["k_proj"],
+                                  "trainable_token_indices": [7, 3, 90]}),
+    "tokens_tied": ("qwen2_tied", 119, {"target_modules": ["o_proj"],
+                                        "trainable_token_indices": [33, 4, 5, 71]}),
+    "head_tied": ("qwen2_tied", 117, {"target_modules": ["lm_head", "v_proj"]}),
 }
 # case: the same, with biases and whole modules, moved away from the base's.
 REPLACING = {
@@ -32,7 +40,6 @@ REPLACING = {
 REFUSED = {
     "refused_whole_projection": ("llama_gqa", 113, {"modules_to_save": ["o_proj"]}),
     "refused_lora_bias": ("llama_bias", 114, {"lora_bias": True}),
-    "refused_embedding": ("llama_gqa", 115, {"target_modules": ["embed_tokens", "q_proj"]}),
 }
 
 
@@ -43,6 +50,9 @@ def make(case, name, seed, config, wrap=wrap, more=lambda folder, rows, loaded: 
     rows = [torch.randint(3, 96, (n,), generator=gen).tolist() for n in ROW_LENGTHS]
     base = [logits_of(load_model(name), r) for r in rows]
     model = wrap(load_model(name), seed, **config)
+    for key, value in factors(model).items():
+        if "tokens_delta" in key:  # they begin as the base has them
+            value.data.add_(torch.randn(value.shape, generator=gen))
     save(model, folder)
 
     loaded = PeftModel.from_pretrained(load_model(name), folder, is_trainable=True).eval()

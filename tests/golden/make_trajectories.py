@@ -1,5 +1,7 @@
 # Training by PEFT, step by step: what graft has to give from the same model, adapter and batches.
 # Loss and gradient are sums over the labelled tokens of both micro-batches, over their number.
+import sys
+
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
@@ -35,6 +37,17 @@ CASES = {
     "whole_head_of_tied": ("qwen2_tied", 214, {"modules_to_save": ["lm_head"],
                                                "target_modules": SOME}, {}),
     "whole_norms": ("qwen3_tied", 215, {"modules_to_save": ["norm"], "target_modules": SOME}, {}),
+    "head": ("llama_gqa", 210, {"target_modules": ["q_proj", "v_proj", "lm_head"]}, {}),
+    "embedding": ("qwen2_tied", 211, {"target_modules": ["embed_tokens", "q_proj", "down_proj"]},
+                  {}),
+    "embedding_and_head": ("llama_gqa", 212,
+                           {"target_modules": ["embed_tokens", "up_proj", "lm_head"],
+                            "use_rslora": True}, {"weight_decay": 0.05}),
+    "tokens": ("llama_gqa", 213, {"target_modules": ["q_proj", "down_proj"],
+                                  "trainable_token_indices": [40, 5, 17, 41, 62]}, {}),
+    "tokens_tied": ("qwen2_tied", 214, {"target_modules": ["v_proj", "up_proj"],
+                                        "trainable_token_indices": [50, 51, 9, 30]},
+                    {"weight_decay": 0.05}),
 }
 SOME_CLIPPED = ("llama_gqa", "qwen3_tied")  # here the norm crosses the bound
 
@@ -120,7 +133,11 @@ def detached(tensors):
 def make(case, name, seed, config, changes):
     folder = fresh_folder("trajectories", case)
     recipe, batches = {**RECIPE, **changes}, make_batches(1000 + seed, STEPS)
-    save(wrap(load_model(name), seed, **config), f"{folder}/start")
+    start = wrap(load_model(name), seed, **config)
+    for key, value in factors(start).items():
+        if "embedding" in key:  # PEFT draws these by N(0, 1), which would drown the base's
+            value.data.mul_(0.2)
+    save(start, f"{folder}/start")
 
     def run(dtype=torch.float32, split_rows=False):
         model = PeftModel.from_pretrained(load_model(name, dtype), f"{folder}/start",
@@ -175,11 +192,13 @@ def make_full():
     report("full_qwen3_tied", losses, norms, loss_distance(other_losses, losses), noise)
 
 
-def main():
+def main(only=None):
+    if only:
+        return make(only, *CASES[only])
     for case, arguments in CASES.items():
         make(case, *arguments)
     make_full()
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
