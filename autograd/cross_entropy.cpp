@@ -116,15 +116,14 @@ void add_chunk(Loss& loss, const Tensor& rows, const Tensor& labels) {
   // multiplied on tensor cores as it lies.
   const DType logits_dtype = device == Device::CUDA ? dtype : wide(dtype);
   Tensor logits = Tensor::empty({n, loss.weight.size(0)}, logits_dtype, device, Scope::Scratch);
-  std::vector<GemmTerm> terms{{.a = h, .b = loss.weight, .transpose_b = true}};
+  product(logits, {.a = h, .b = loss.weight, .transpose_b = true});
   std::vector<Tensor> us;
   for (const HeadAdapter& adapter : loss.adapters) {
     us.push_back(Tensor::empty({n, adapter.u.size(1)}, adapter.u.dtype(), device, Scope::Scratch));
     backend.gather_rows(us.back(), adapter.u, rows);
     const LoraArguments& lora = adapter.lora;
-    terms.push_back({us.back(), lora.b.value(), false, true, lora.scaling});
+    product(logits, {us.back(), lora.b.value(), false, true, lora.scaling}, logits);
   }
-  backend.gemm(logits, terms);
   Tensor losses = Tensor::empty({n}, wide(dtype), device, Scope::Scratch);
   bool with_gradient = loss.dhidden.defined() || loss.dweight.defined();
   for (const HeadAdapter& adapter : loss.adapters)

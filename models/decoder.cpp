@@ -214,16 +214,18 @@ Tensor Decoder::logits(const Tensor& hidden_states) {
   const DType dtype = compute_dtype_ == DType::F64 ? DType::F64 : DType::F32;
   Tensor result =
       Tensor::empty({hidden_states.num_rows(), config_.vocab_size}, dtype, hidden_states.device());
-  std::vector<GemmTerm> terms{{hidden_states, lm_head.weight.value(), false, true, 1}};
+  const GemmTerm term{hidden_states, lm_head.weight.value(), false, true, 1};
+  Backend& backend = backend_of(hidden_states);
+  backend.gemm(result, {&term, 1});
   for (const ops::LoraArguments& pair : head_pairs({})) {
     const DType narrow = device_ == Device::CUDA ? compute_dtype_ : dtype;
     Tensor u = Tensor::empty({hidden_states.num_rows(), pair.a.shape()[0]}, narrow, device_,
                              Scope::Scratch);
     const GemmTerm down{hidden_states, pair.a.value(), false, true, 1};
-    backend_of(u).gemm(u, {&down, 1});
-    terms.push_back({u, pair.b.value(), false, true, pair.scaling});
+    backend.gemm(u, {&down, 1});
+    const GemmTerm up{u, pair.b.value(), false, true, pair.scaling};
+    backend.gemm(result, {&up, 1}, result);
   }
-  backend_of(hidden_states).gemm(result, terms);
   return result;
 }
 
