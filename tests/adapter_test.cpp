@@ -13,6 +13,7 @@
 #include <nlohmann/json.hpp>
 
 #include "autograd/tape.h"
+#include "models/replaced_parameters.h"
 #include "models/weights.h"
 #include "tensor/safetensors.h"
 #include "tests/golden_case.h"
@@ -216,10 +217,16 @@ std::vector<Written> written() {
   LoraConfig regex = plain;
   regex.target_modules = {R"(.*\.1\..*(q|v)_proj)"};
   regex.target_is_regex = true;
-  return {{"plain", "qwen3_tied", plain},
-          {"patterns", "llama_gqa", patterns},
-          {"all_linear", "qwen2_tied", all},
-          {"dora", "qwen2_tied", dora},
+  LoraConfig biases = plain;
+  biases.target_modules = {"q_proj", "down_proj"};
+  biases.bias = LoraConfig::Bias::All;
+  LoraConfig whole = plain;
+  whole.target_modules = {"v_proj"};
+  whole.bias = LoraConfig::Bias::LoraOnly;
+  whole.modules_to_save = {"lm_head", "norm"};
+  return {{"plain", "qwen3_tied", plain},    {"biases", "llama_bias", biases},
+          {"whole", "qwen2_tied", whole},    {"patterns", "llama_gqa", patterns},
+          {"all_linear", "qwen2_tied", all}, {"dora", "qwen2_tied", dora},
           {"regex", "llama_gqa", regex}};
 }
 
@@ -230,6 +237,13 @@ void set_magnitudes(Decoder& model) {
     const Tensor& m = layer.linear->lora->magnitude.value();
     for (int64_t i = 0; i < m.num_elements(); ++i) m.data<float>()[i] = 0.5f + float(i % 17) / 16;
   }
+}
+
+// Away from the base's.
+void set_own_parameters(Decoder& model) {
+  for (const ReplacedParameter& one : model.replaced)
+    for (int64_t i = 0; i < one.own.shape().num_elements(); ++i)
+      one.own.value().data<float>()[i] += float(i % 17 - 8) / 64;
 }
 
 TEST(Adapter, WritesTheFilesThatPeftHasRead) {
@@ -243,7 +257,9 @@ TEST(Adapter, WritesTheFilesThatPeftHasRead) {
     auto model = load_model(kGolden + "models/" + test.model);
     test.config.base_model_name_or_path = kGolden + "models/" + test.model;
     attach_lora(*model, test.config, 7);
+    start_replaced_parameters(*model, test.config);
     set_magnitudes(*model);
+    set_own_parameters(*model);
     save_adapter(*model, test.config, directory);
     for (const char* file : {"/adapter_config.json", "/adapter_model.safetensors"})
       EXPECT_EQ(golden_bytes(directory + file), golden_bytes(fixture + file)) << file;

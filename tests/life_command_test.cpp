@@ -77,6 +77,34 @@ TEST_F(Life, TakesAnAdapterWithAColonOrACommaInItsPath) {
   EXPECT_EQ(ok(kGenerate + "--adapter=a:0.5,b:0.25"), ok(kGenerate + "--adapter qwen3_tied:0.25"));
 }
 
+// Modules of its own: trained by flags, generated with, merged, and refused where they would have
+// to be added.
+TEST_F(Life, TakesWholeModulesToWhereTheyCanGo) {
+  write_data("data.jsonl", 22);
+  const std::string train = "train --model model --data data.jsonl --max-steps 6 --r 2 ";
+  ok(train + "--learning-rate 1e-2 --modules-to-save lm_head,norm --output-dir whole");
+  EXPECT_NE(read("whole/adapter_config.json").find("\"lm_head\""), std::string::npos);
+  const std::string with = ok(kGenerate + "--adapter whole");
+  EXPECT_NE(with, ok(kGenerate));
+  ok("merge --model model --adapter whole -o merged");
+  EXPECT_EQ(ok("generate --model merged --prompt hello --max-new-tokens 12 --ids"), with);
+  ok("convert --adapter whole -o copy");
+  EXPECT_EQ(read("copy/adapter_model.safetensors"), read("whole/adapter_model.safetensors"));
+  const std::string both = ok(kGenerate + "--adapter whole --adapter patterns:0.5");
+  EXPECT_EQ(ok(kGenerate + "--adapter patterns:0.5 --adapter whole"), both);
+  // On top of it, and with the same modules again.
+  ok(train + "--base-adapters whole --output-dir top");
+  refused(train + "--base-adapters whole --modules-to-save lm_head --output-dir out",
+          {"whole: has its own 'lm_head.weight', and so has another adapter"});
+  refused(kGenerate + "--adapter whole:0.5", {"whole: has its own", "its weight must be 1"});
+  refused(kGenerate + "--adapter whole --adapter copy", {"copy: has its own"});
+  refused("combine --adapter whole --adapter patterns -o out", {"whole has its own"});
+  refused("convert --adapter whole --rank 1 -o out", {"whole has its own", "--to peft"});
+  refused("convert --adapter whole --to gguf -o out", {"whole has its own", "--to peft"});
+  refused(train + "--bias all --output-dir out", {"the model has no biases"});
+  refused(train + "--modules-to-save mlp --output-dir out", {"matches model.layers.0.mlp"});
+}
+
 // Training on top of frozen adapters: they stay as they are, and the result belongs on top of them.
 TEST_F(Life, TrainsOnTopOfFrozenAdapters) {
   write_data("data.jsonl", 22);

@@ -155,7 +155,7 @@ TEST(Lora, RefusesValuesOutOfRange) {
 
 TEST(AdapterConfig, RefusesByNameWhatChangesTheArithmetic) {
   for (const char* text :
-       {R"({"bias": "all"})", R"({"modules_to_save": ["lm_head"]})", R"({"lora_bias": true})",
+       {R"({"bias": "some"})", R"({"modules_to_save": "lm_head"})", R"({"lora_bias": true})",
         R"({"alora_invocation_tokens": [1]})", R"({"layer_replication": [[0, 1]]})",
         R"({"target_parameters": ["x"]})", R"({"use_qalora": true})", R"({"fan_in_fan_out": true})",
         R"({"trainable_token_indices": {"lm_head": [3]}})",
@@ -182,6 +182,8 @@ TEST(AdapterConfig, SurvivesTheRoundTrip) {
   config.target_modules = {"q_proj", "up_proj"};
   config.exclude_modules = {"layers.0.mlp.up_proj"};
   config.layers_to_transform = {0, 2};
+  config.bias = LoraConfig::Bias::LoraOnly;
+  config.modules_to_save = {"lm_head", "embed_tokens"};
   config.rank_pattern = {{"q_proj", 2}};
   config.alpha_pattern = {{"up_proj", 3}};
   config.use_rslora = true;
@@ -195,6 +197,8 @@ TEST(AdapterConfig, SurvivesTheRoundTrip) {
   EXPECT_EQ(back.rank_pattern, config.rank_pattern);
   EXPECT_EQ(back.alpha_pattern, config.alpha_pattern);
   EXPECT_EQ(back.layers_to_transform, config.layers_to_transform);
+  EXPECT_EQ(back.bias, config.bias);
+  EXPECT_EQ(back.modules_to_save, config.modules_to_save);
   EXPECT_TRUE(back.use_rslora);
   EXPECT_TRUE(back.use_dora);
 }

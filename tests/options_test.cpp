@@ -125,8 +125,8 @@ TEST_F(Options, UnknownKeysAreErrorsWithTheNearestName) {
             ":1: unknown key 'seed' in the lora block; it stands at top level");
   EXPECT_EQ(error("lr: 1\n"), ":1: unknown key 'lr'; did you mean learning_rate?");
   EXPECT_EQ(nearest_option_name("target_module"), "target_modules");
-  EXPECT_EQ(error("modules_to_save: [lm_head]\n"),
-            ":1: unknown key 'modules_to_save'; graft train --help lists all");
+  EXPECT_EQ(error("megatron_core: megatron\n"),
+            ":1: unknown key 'megatron_core'; graft train --help lists all");
   EXPECT_EQ(error("\x7f" + std::string("ELF\x02\x01") + std::string(200, 'x') + "\n"),
             ": got '?ELF??" + std::string(54, 'x') +
                 "...', expected keys and values, one 'key: value' a line");

@@ -88,7 +88,8 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& choi
   CHECK(file.embeddings.empty(), from, ": holds whole embeddings, which cannot be converted");
   CHECK(file.replaced.empty() || (to == "peft" && !args.count("rank")), "convert: ", from,
         " has its own '", file.replaced.empty() ? "" : file.replaced[0].first,
-        "' in the place of the base's, which stays as it is with --to peft alone");
+        "' in the place of the base's; such an adapter can be written with --to peft alone, at the "
+        "rank it has");
   if (!adapter_checks(args).allow_empty) check_not_empty(file);
   if (args.count("model") && is_mlx_adapter(from))
     file.config.base_model_name_or_path = args["model"].as<std::string>();

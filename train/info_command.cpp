@@ -55,18 +55,20 @@ void print_modules(const MemoryPlan& plan) {
     row->parameters += plan.module_parameters[i].second;
   }
   std::map<std::string, Row> whole;  // biases, and modules that are trained whole
+  int width = 12;
   for (const auto& [name, parameters] : plan.replaced) {
     const size_t end = name.rfind('.'), begin = name.rfind('.', end - 1) + 1;
     Row& row = whole[name.ends_with(".bias") ? "biases" : name.substr(begin, end - begin)];
     ++row.layers;
     row.parameters += parameters;
   }
-  std::printf("\n%-12s %7s %6s %9s %14s\n", "module", "layers", "r", "scaling", "parameters");
+  for (const auto& [name, row] : whole) width = std::max(width, int(name.size()));
+  std::printf("\n%-*s %7s %6s %9s %14s\n", width, "module", "layers", "r", "scaling", "parameters");
   for (const Row& row : rows)
-    std::printf("%-12s %7lld %6lld %9.4g %14lld\n", row.name.c_str(), (long long)row.layers,
+    std::printf("%-*s %7lld %6lld %9.4g %14lld\n", width, row.name.c_str(), (long long)row.layers,
                 (long long)row.r, row.scaling, (long long)row.parameters);
   for (const auto& [name, row] : whole)
-    std::printf("%-12s %7lld %6s %9s %14lld\n", name.c_str(), (long long)row.layers, "-", "-",
+    std::printf("%-*s %7lld %6s %9s %14lld\n", width, name.c_str(), (long long)row.layers, "-", "-",
                 (long long)row.parameters);
 }
 
