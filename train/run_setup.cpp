@@ -11,6 +11,7 @@
 
 #include "models/adapter_stack.h"
 #include "models/model_files.h"
+#include "models/residual_base.h"
 #include "models/tokenizer.h"
 #include "models/weights.h"
 #include "train/checkpoint.h"
@@ -159,12 +160,16 @@ std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string&
   CHECK(!nf4 || options.lora_layout == LoraLayout::Plain,
         "train: lora_layout is given, but the weights of ", model_dir,
         " are NF4 and cannot be merged; leave it out");
+  const bool residual = !is_full(options) && has_residual_base(options.lora);
+  CHECK(!residual || !nf4, "train: init_lora_weights is ", init_name(options.lora),
+        ", but the weights of ", model_dir, " are NF4; take the unquantised model");
   if (is_full(options))
     widen_weights(*model);
   else if (options.adapter.empty())
     attach_lora(*model, options.lora, options.seed);
   else
     load_start_adapter(*model, options);
+  if (residual) take_out_adapters(*model, options.lora, options.seed);
   AdapterStack stack(*model);
   for (const std::string& text : options.base_adapters) {
     const AdapterChoice base = parse_adapter_choice(text);
