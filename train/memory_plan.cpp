@@ -25,18 +25,19 @@ PackedBatch full_batch(const TrainOptions& options) {
   return pack(rows, rows);
 }
 
-// What PiSSA and OLoRA keep: the residuals of the adapted weights, and what A and B were.
-struct Residuals {
-  int64_t elements = 0, start_bytes = 0;
-};
-Residuals residuals_of(Decoder& model) {
-  Residuals sum;
+// What PiSSA and OLoRA keep: residuals of the adapted weights, which the file no longer holds, and
+// what A and B were.
+void add_residuals(MemoryPlan& plan, Decoder& model, bool in_place, DType file_dtype) {
   for (const auto& [name, linear] : linear_layers(model)) {
     if (!linear->lora) continue;
-    sum.elements += linear->weight.shape().num_elements();
-    sum.start_bytes += linear->lora->a.value().num_bytes() + linear->lora->b.value().num_bytes();
+    const Tensor& weight = linear->weight.value();
+    const int64_t residual = in_place ? weight.num_bytes() : 0;
+    const int64_t start = linear->lora->a.value().num_bytes() + linear->lora->b.value().num_bytes();
+    if (in_place) plan.mapped_weights -= weight.num_elements() * dtype_size(file_dtype);
+    plan.weights += residual;
+    plan.adapters += start;
+    plan.anonymous += residual + start;
   }
-  return sum;
 }
 
 // Of the weights that quantise_model takes.
@@ -90,8 +91,6 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
     for (const auto& [leaf, variable] : adapter_leaves(name, *linear->lora))
       plan.module_parameters.back().second += variable.value().num_elements();
   }
-  const Residuals residuals = !full && has_residual_base(lora) ? residuals_of(*model) : Residuals{};
-  if (in_place) plan.mapped_weights -= residuals.elements * dtype_size(file_dtype);
   plan.all_parameters = base_parameters + (full ? 0 : plan.trainable_parameters);
 
   ParameterBuffer parameters(leaves, Device::Meta, Scope::Adapters, moments_of(options));
@@ -103,8 +102,8 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
 
   const MemoryStats stats = meta.stats();
   const int threads = options.threads ? int(options.threads) : thread_pool().num_threads();
-  plan.weights = in_place ? nf4.bytes + residuals.elements * dtype_size(dtype) : weight_bytes;
-  plan.adapters = stats.peak[int(Scope::Adapters)] + residuals.start_bytes;
+  plan.weights = in_place ? nf4.bytes : weight_bytes;
+  plan.adapters = stats.peak[int(Scope::Adapters)];
   plan.optimizer = stats.peak[int(Scope::Optimizer)];
   plan.activations = stats.peak[int(Scope::Activations)];
   // The meta backend allocates nothing itself: what the CPU kernels keep is added by shape.
@@ -115,8 +114,9 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
   plan.scratch = stats.peak[int(Scope::Scratch)] + kernel_scratch;
   plan.process = kProcessBytes;
   // Blocks are cached, never given back: what was reserved is what the process holds.
-  plan.anonymous = stats.reserved_peak - reserved_before + plan.weights + residuals.start_bytes +
-                   plan.process + kernel_scratch;
+  plan.anonymous =
+      stats.reserved_peak - reserved_before + plan.weights + plan.process + kernel_scratch;
+  if (!full && has_residual_base(lora)) add_residuals(plan, *model, in_place, file_dtype);
   return plan;
 }
 
