@@ -5,6 +5,7 @@
 
 #include "models/nearest_name.h"
 #include "models/replaced_parameters.h"
+#include "models/residual_base.h"
 #include "tensor/backend.h"
 
 namespace graft {
@@ -134,13 +135,14 @@ LoraConfig load_adapter(Decoder& model, const std::string& directory, const Adap
 
 void save_adapter(Decoder& model, const LoraConfig& config, const std::string& directory) {
   AdapterFile file;
-  file.config = config;
+  file.config = for_untouched_base(config);
   file.base = model.fingerprint;
   for (const auto& [name, linear] : adaptable_layers(model)) {
     if (!linear->lora) continue;
     const LoraPair& pair = *linear->lora;
     const Tensor magnitude = pair.magnitude.defined() ? pair.magnitude.value() : Tensor();
-    file.modules.push_back({name, pair.a.value(), pair.b.value(), magnitude, pair.scaling});
+    const auto [a, b] = factors_for_untouched_base(pair);
+    file.modules.push_back({name, a, b, magnitude, pair.scaling});
   }
   for (const ReplacedParameter& one : model.replaced)
     if (one.adapter == 0) file.replaced.emplace_back(one.name, one.own.value());

@@ -23,8 +23,8 @@ LoraConfig load_adapter(Decoder& model, const std::string& directory,
 // The same of what read_adapter gave.
 void attach_adapter(Decoder& model, const AdapterFile& file, const AdapterChecks& checks = {});
 
-// Writes both files, each aside and then renamed; F32, with the fingerprint of the base. The
-// directory is made if it is not there.
+// Writes both files, each aside and then renamed; F32, with the fingerprint of the base, for which
+// PiSSA and OLoRA are converted (models/residual_base.h). The directory is made if it is not there.
 void save_adapter(Decoder& model, const LoraConfig& config, const std::string& directory);
 
 }  // namespace graft

@@ -157,6 +157,10 @@ void read_init(const Reader& reader, LoraConfig& config) {
     config.init_lora_weights = LoraConfig::Init::Random;
   else if (*at == "gaussian")
     config.init_lora_weights = LoraConfig::Init::Gaussian;
+  else if (at->is_string() && (at->get<std::string>().starts_with("pissa") || *at == "olora"))
+    fail(reader.where, ": init_lora_weights is ", at->dump(),
+         ": the adapter belongs to what this left of its base, not to the base; save it converted "
+         "(PEFT: save_pretrained with path_initial_model_for_weight_conversion)");
   else
     reader.wrong("init_lora_weights", *at, "true, false or \"gaussian\"");
 }

@@ -1,8 +1,9 @@
 // Sums of low-rank matrices, and the best matrix of a given rank: what becomes of several adapters
-// when they are to be one.
+// when they are to be one, and what an adapter can take out of a weight.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "tensor/tensor.h"
@@ -33,5 +34,20 @@ Truncated truncate(const std::vector<LowRankTerm>& terms, int64_t rank);
 // subspace iteration (Halko, Martinsson and Tropp 2011; 16 more vectors than asked for, 4 rounds),
 // whose energy and error are measured on the factors it gave and so never too good.
 Truncated truncate_dense(const Tensor& matrix, int64_t rank);
+
+// The part of a matrix (out, in) F32 that its `rank` largest singular values make, at most
+// min(out, in): scale B A with B^T B = A A^T = diag(values) / scale.
+//   rounds  unset: exact, from the eigenvectors of the smaller of M M^T and M^T M in F64; else by
+//   so
+//           many rounds of subspace iteration with 16 vectors more than asked for, drawn by `seed`
+LowRankTerm principal_part(const Tensor& matrix, int64_t rank, double scale,
+                           std::optional<int64_t> rounds, uint64_t seed);
+
+// Of M = Q R, Householder's: B the first `rank` columns of Q, A the first `rank` rows of R;
+// scale 1. R has the signs that LAPACK gives it.
+LowRankTerm leading_qr(const Tensor& matrix, int64_t rank);
+
+// matrix - scale B A, computed in F64; F32.
+Tensor remainder(const Tensor& matrix, const LowRankTerm& term);
 
 }  // namespace graft

@@ -15,10 +15,12 @@ namespace graft {
 struct LoraPair {
   Variable a;
   Variable b;
-  Variable magnitude;     // DoRA: (out) F32 leaf, the lengths of the rows; else undefined
-  Tensor weight_squares;  // DoRA: (out) F32, |W_n|^2
-  Tensor norm;            // DoRA: (out) F32, |W_n + scaling B_n A|, kept up to date by nn/dora.h
-  double scaling = 1;     // lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
+  Variable magnitude;       // DoRA: (out) F32 leaf, the lengths of the rows; else undefined
+  Tensor weight_squares;    // DoRA: (out) F32, |W_n|^2
+  Tensor norm;              // DoRA: (out) F32, |W_n + scaling B_n A|, kept up to date by nn/dora.h
+  Tensor start_a, start_b;  // PiSSA, OLoRA: F32 on the CPU, what A and B were when scaling B A was
+                            // taken out of the weight; else undefined
+  double scaling = 1;       // lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
   double dropout_p = 0;
   uint32_t module =
       0;  // number of this layer among the adapted ones, in model order: keys its dropout

@@ -109,6 +109,7 @@ void fill_uniform(const Tensor& t, Random& random, double bound) {
 // a (r, in) and b (out, r), on the CPU.
 void initialise(Tensor& a, Tensor& b, const LoraPair& pair, LoraConfig::Init init, bool embedding,
                 uint64_t seed) {
+  if (init == LoraConfig::Init::Pissa || init == LoraConfig::Init::Olora) return;
   const int64_t r = a.size(0), in_features = a.size(1);
   Random random(seed, 0x10aa000000000000u + pair.module);  // a stream of its own for each layer
   if (embedding) {
@@ -142,6 +143,22 @@ bool is_embedding(const std::string& name) { return is_suffix(name, "embed_token
 
 bool is_all_linear(const LoraConfig& config) {
   return config.target_modules.size() == 1 && lower(config.target_modules[0]) == "all-linear";
+}
+
+std::string init_name(const LoraConfig& config) {
+  switch (config.init_lora_weights) {
+    case LoraConfig::Init::KaimingUniform:
+      return "true";
+    case LoraConfig::Init::Gaussian:
+      return "gaussian";
+    case LoraConfig::Init::Random:
+      return "false";
+    case LoraConfig::Init::Pissa:
+      return config.pissa_niter ? concat("pissa_niter_", *config.pissa_niter) : "pissa";
+    case LoraConfig::Init::Olora:
+      return "olora";
+  }
+  return "";
 }
 
 void validate(const LoraConfig& config) {

@@ -42,8 +42,12 @@ struct LoraConfig {
   enum class Init {
     KaimingUniform,
     Gaussian,
-    Random
-  } init_lora_weights = Init::KaimingUniform;  // true, gaussian, false
+    Random,
+    Pissa,
+    Olora
+  } init_lora_weights = Init::KaimingUniform;  // true, gaussian, false, pissa, olora
+  // pissa_niter_N: rounds of a randomised SVD; unset: the exact one.
+  std::optional<int64_t> pissa_niter;
   std::string task_type = "CAUSAL_LM";
   std::string base_model_name_or_path;
 
@@ -51,6 +55,15 @@ struct LoraConfig {
 };
 
 bool is_all_linear(const LoraConfig& config);  // target_modules is all-linear, in any letter case
+
+// PiSSA and OLoRA: the adapter begins as a part of each weight, and the base is what that leaves of
+// it (models/residual_base.h).
+inline bool has_residual_base(const LoraConfig& config) {
+  return config.init_lora_weights == LoraConfig::Init::Pissa ||
+         config.init_lora_weights == LoraConfig::Init::Olora;
+}
+// "true", "gaussian", "false", "pissa", "pissa_niter_4" or "olora".
+std::string init_name(const LoraConfig& config);
 
 // Throws Error for r < 1, dropout outside [0, 1), layers_to_transform with a regex, ...
 void validate(const LoraConfig& config);
@@ -72,9 +85,10 @@ std::vector<LoraTarget> match_targets(const LoraConfig& config,
 
 // Attaches fresh pairs to the layers of `model` (anything with visit()) that the config names,
 // initialised from `seed`: A by U(-1/sqrt(in), 1/sqrt(in)) (Kaiming uniform with a = sqrt 5) or
-// N(0, 1/r^2), B zero; of an embedding A by N(0, 1), as PEFT has it; Random fills both.
-// Deterministic, and independent of the order of allocation. On Device::Meta nothing is filled.
-// With use_dora the weights must have their values: the magnitudes are made from them.
+// N(0, 1/r^2), B zero; of an embedding A by N(0, 1), as PEFT has it; Random fills both; with a
+// residual base both stay zero for the caller to fill. Deterministic, and independent of the order
+// of allocation. On Device::Meta nothing is filled. With use_dora the weights must have their
+// values: the magnitudes are made from them.
 template <class Model>
 std::vector<LoraTarget> attach_lora(Model& model, const LoraConfig& config, uint64_t seed);
 

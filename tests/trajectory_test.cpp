@@ -10,10 +10,12 @@
 #include <nlohmann/json.hpp>
 
 #include "autograd/tape.h"
+#include "models/adapter.h"
 #include "models/weights.h"
 #include "nn/parameter_buffer.h"
 #include "tensor/safetensors.h"
 #include "tensor/thread_pool.h"
+#include "tests/golden_case.h"
 #include "train/finetune.h"
 #include "train/run_setup.h"
 
@@ -201,6 +203,107 @@ TEST_F(Trajectory, TrainingAllWeightsGivesTorchsLossesAndWeights) {
   EXPECT_LE(d.max_abs, 1e-4);
 }
 
+// PiSSA and OLoRA begin at the weights, so there is no adapter to start from; "lora" of the golden
+// file has PEFT's keys.
+class ResidualTrajectory : public PeftTrajectory {
+ protected:
+  static TrainOptions options(const nlohmann::json& golden) {
+    TrainOptions o = Trajectory::options(golden);
+    const auto& lora = golden["lora"];
+    o.lora.r = lora["r"];
+    o.lora.lora_alpha = lora["lora_alpha"].get<double>();
+    o.lora.lora_dropout = 0;
+    o.lora.use_rslora = lora.value("use_rslora", false);
+    o.lora.use_dora = lora.value("use_dora", false);
+    if (lora.contains("rank_pattern"))
+      for (const auto& [pattern, r] : lora["rank_pattern"].items())
+        o.lora.rank_pattern.emplace_back(pattern, r);
+    if (lora.contains("alpha_pattern"))
+      for (const auto& [pattern, alpha] : lora["alpha_pattern"].items())
+        o.lora.alpha_pattern.emplace_back(pattern, alpha);
+    o.lora.init_lora_weights =
+        lora["init_lora_weights"] == "olora" ? LoraConfig::Init::Olora : LoraConfig::Init::Pissa;
+    return o;
+  }
+
+  // scaling B A of all modules, with the columns of B and rows of A behind the first half alone:
+  // less what they began as.
+  static std::vector<double> deltas(const AdapterFile& file, bool of_start) {
+    std::vector<double> all;
+    for (const AdapterModule& module : file.modules) {
+      const auto a = module.a.to_doubles(), b = module.b.to_doubles();
+      const size_t r = size_t(module.a.size(0)), in = size_t(module.a.size(1));
+      for (size_t row = 0; row < size_t(module.b.size(0)); ++row)
+        for (size_t col = 0; col < in; ++col) {
+          double sum = 0;
+          for (size_t k = of_start ? r / 2 : 0; k < r; ++k) sum += b[row * r + k] * a[k * in + col];
+          all.push_back(module.scaling * sum);
+        }
+    }
+    return all;
+  }
+};
+
+TEST_P(ResidualTrajectory, GivesPeftsLossesAndConvertedAdapter) {
+  const auto g = golden(GetParam());
+  TrainOptions o = options(g);
+  expect_losses(run(o, rows(g), "f32"), g);
+  const auto model = load_model(g["model"]);
+  load_adapter(*model, folder_ / "f32");
+  EXPECT_LT(worst_share(logits_of(*model, nlohmann::json::array({g["input_ids"]})),
+                        golden_numbers(g["logits"])),
+            1e-4);
+  if (o.lora.use_dora) return;  // PEFT's conversion loses m
+  const AdapterFile ours = read_adapter(folder_ / "f32"),
+                    theirs = read_adapter(std::string(kGolden) + GetParam() + "/final");
+  EXPECT_EQ(ours.config.r, theirs.config.r);
+  EXPECT_EQ(ours.config.alpha(), theirs.config.alpha());
+  EXPECT_EQ(ours.config.rank_pattern, theirs.config.rank_pattern);
+  EXPECT_EQ(ours.config.alpha_pattern, theirs.config.alpha_pattern);
+  EXPECT_EQ(init_name(theirs.config), init_name(ours.config));
+  EXPECT_LT(worst_share(deltas(ours, true), deltas(theirs, true)), 1e-5);
+  EXPECT_LT(worst_share(deltas(ours, false), deltas(theirs, false)), 1e-4);
+}
+
+// A and B of OLoRA have the signs of LAPACK's QR, and so of PEFT.
+TEST_F(Trajectory, OloraBeginsWithPeftsAAndB) {
+  const std::string name = std::string(kGolden) + "olora_qwen3_tied";
+  const AdapterFile theirs = read_adapter(name + "/final");
+  LoraConfig config;
+  config.r = theirs.config.r / 2;
+  config.lora_alpha = theirs.config.alpha() / 2;
+  config.init_lora_weights = LoraConfig::Init::Olora;
+  TrainOptions o;
+  o.model = "tests/golden/models/qwen3_tied";
+  o.lora = config;
+  const auto model = prepare_model(o, o.model, Device::CPU);
+  for (const NamedLinear& layer : linear_layers(*model)) {
+    if (!layer.linear->lora) continue;
+    const AdapterModule& module = *theirs.find(layer.name);
+    const auto a = module.a.slice_rows(config.r, 2 * config.r).to_doubles();
+    auto b = module.b.slice_cols(config.r, 2 * config.r).to_doubles();
+    for (double& x : b) x = -x;
+    EXPECT_LT(worst_share(layer.linear->lora->a.value().to_doubles(), a), 1e-5) << layer.name;
+    EXPECT_LT(worst_share(layer.linear->lora->b.value().to_doubles(), b), 1e-5) << layer.name;
+  }
+}
+
+// How far PEFT itself is off in BF16 is in the golden file. Residuals are rounded anew, by both,
+// and twelve losses are a small sample of such noise: graft may be twice as far.
+TEST_P(ResidualTrajectory, InBf16IsAboutAsNearToF32AsPeft) {
+  const auto g = golden(GetParam());
+  TrainOptions o = options(g);
+  o.dtype = DType::BF16;
+  const TrainResult result = run(o, rows(g), "bf16");
+  EXPECT_LE(relative_l2(result.losses, g["losses"]),
+            2 * g["bf16_distance"]["losses"]["relative_l2"].get<double>());
+}
+
+INSTANTIATE_TEST_SUITE_P(Golden, ResidualTrajectory,
+                         testing::Values("pissa_llama_gqa", "pissa_rslora", "pissa_patterns",
+                                         "olora_qwen3_tied", "pissa_dora"),
+                         [](const auto& info) { return std::string(info.param); });
+
 // A fresh adapter with dropout, on rows of unequal length.
 TrainOptions dropout_options() {
   TrainOptions o;
@@ -317,6 +420,38 @@ TEST_F(Trajectory, ResumingDoraGivesTheSameBytes) {
   o.resume = true;
   EXPECT_EQ(finetune(o, data).losses.size(), 3u);
   EXPECT_EQ(bytes("dora"), whole);
+}
+
+// The checkpoint's adapter is the converted one; A and B go on from the optimizer's file, and what
+// they began as is taken out of the base again.
+TEST_F(Trajectory, ResumingPissaAndOloraGivesTheSameBytes) {
+  const TrainData data = rows(golden("qwen3_tied"));
+  LoraConfig fast;
+  fast.init_lora_weights = LoraConfig::Init::Pissa;
+  fast.pissa_niter = 1;
+  LoraConfig olora;
+  olora.init_lora_weights = LoraConfig::Init::Olora;
+  LoraConfig dora;
+  dora.init_lora_weights = LoraConfig::Init::Pissa;
+  dora.use_dora = true;
+  for (LoraConfig lora : {fast, olora, dora}) {
+    TrainOptions o = dropout_options();
+    lora.r = o.lora.r;
+    o.lora = lora;
+    o.save_steps = 3;
+    run(o, data, "run");
+    const std::string whole = bytes("run");
+    ASSERT_TRUE(fs::remove_all(folder_ / "run/checkpoint-6") > 0);
+    fs::remove(folder_ / "run/adapter_model.safetensors");
+    o.output_dir = folder_ / "run";
+    o.resume = true;
+    o.threads = 3;
+    EXPECT_EQ(finetune(o, data).losses.size(), 3u);
+    EXPECT_EQ(bytes("run"), whole) << init_name(lora);
+    EXPECT_EQ(load_adapter_config(folder_ / "run/checkpoint-3").r, 2 * lora.r);
+    o.lora.init_lora_weights = LoraConfig::Init::KaimingUniform;
+    EXPECT_NE(error_of([&] { finetune(o, data); }).find("init_lora_weights"), std::string::npos);
+  }
 }
 
 TEST_F(Trajectory, UseDoraIsTheMethodDora) {

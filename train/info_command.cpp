@@ -82,7 +82,10 @@ void print_memory(const MemoryPlan& plan, const TrainOptions& options, const Mod
   row("weights, mapped", plan.mapped_weights,
       "in place in the file: page cache, shared between runs");
   const bool nf4 = is_quantised(options.method) || config.nf4;
-  row("weights", plan.weights, nf4 ? "linear layers in NF4" : "");
+  row("weights", plan.weights,
+      nf4                               ? "linear layers in NF4"
+      : has_residual_base(options.lora) ? "residuals of the adapted layers"
+                                        : "");
   row(options.method == TrainOptions::Method::Full ? "master copy" : "adapters", plan.adapters,
       "F32");
   row("optimizer", plan.optimizer, "gradient, m, v");

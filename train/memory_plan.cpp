@@ -25,6 +25,21 @@ PackedBatch full_batch(const TrainOptions& options) {
   return pack(rows, rows);
 }
 
+// What PiSSA and OLoRA keep: residuals of the adapted weights, which the file no longer holds, and
+// what A and B were.
+void add_residuals(MemoryPlan& plan, Decoder& model, bool in_place, DType file_dtype) {
+  for (const auto& [name, linear] : linear_layers(model)) {
+    if (!linear->lora) continue;
+    const Tensor& weight = linear->weight.value();
+    const int64_t residual = in_place ? weight.num_bytes() : 0;
+    const int64_t start = linear->lora->a.value().num_bytes() + linear->lora->b.value().num_bytes();
+    if (in_place) plan.mapped_weights -= weight.num_elements() * dtype_size(file_dtype);
+    plan.weights += residual;
+    plan.adapters += start;
+    plan.anonymous += residual + start;
+  }
+}
+
 // Of the weights that quantise_model takes.
 struct LinearWeights {
   int64_t elements = 0, bytes = 0;
@@ -103,6 +118,7 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
   // Blocks are cached, never given back: what was reserved is what the process holds.
   plan.anonymous =
       stats.reserved_peak - reserved_before + plan.weights + plan.process + kernel_scratch;
+  if (!full && has_residual_base(lora)) add_residuals(plan, *model, in_place, file_dtype);
   return plan;
 }
 

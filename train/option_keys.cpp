@@ -344,13 +344,33 @@ Row bias_row() {
 
 Row init_row() {
   using Init = LoraConfig::Init;
-  Row made = choice<decltype(at(&LoraConfig::init_lora_weights)), Init>(
-      Group::Lora, "init_lora_weights", at(&LoraConfig::init_lora_weights),
-      {{"true", Init::KaimingUniform}, {"gaussian", Init::Gaussian}, {"false", Init::Random}},
-      "how A begins: Kaiming uniform, or Gaussian, with B zero; false: both random");
+  Row made = lora_row(
+      "init_lora_weights", Form::Scalar,
+      "true, gaussian, false, pissa, pissa_niter_N (N from 0 to 1000) or olora",
+      "how A begins: Kaiming uniform, or Gaussian, with B zero; false: both random; pissa, olora: "
+      "A "
+      "and B as the main part of each weight, by SVD (niter: a faster one) or QR, and the base as "
+      "the rest");
+  made.key.read = [](TrainOptions& o, const YAML::Node& node) {
+    if (!node.IsScalar()) return false;
+    std::string word = node.Scalar();
+    o.lora.pissa_niter.reset();
+    if (const std::string prefix = "pissa_niter_"; word.starts_with(prefix)) {
+      int64_t rounds;
+      if (!read_number(rounds, YAML::Node(word.substr(prefix.size())))) return false;
+      if (rounds < 0 || rounds > 1000) return false;
+      o.lora.pissa_niter = rounds;
+      word = "pissa";
+    }
+    for (const Init init :
+         {Init::KaimingUniform, Init::Gaussian, Init::Random, Init::Pissa, Init::Olora})
+      if (LoraConfig one; (one.init_lora_weights = init, init_name(one) == word))
+        return o.lora.init_lora_weights = init, true;
+    return false;
+  };
   made.key.write = [](const TrainOptions& o) {
-    const Init init = o.lora.init_lora_weights;
-    return init == Init::Gaussian ? Json("gaussian") : Json(init == Init::KaimingUniform);
+    const std::string name = init_name(o.lora);
+    return name == "true" || name == "false" ? Json(name == "true") : Json(name);
   };
   return made;
 }

@@ -391,6 +391,15 @@ void validate(const TrainOptions& options) {
         "train: use_dora is false with method ",
         options.method == TrainOptions::Method::Dora ? "dora" : "qdora",
         "; leave one of the two out");
+  if (!full && has_residual_base(options.lora)) {
+    const std::string init = "train: init_lora_weights is " + init_name(options.lora);
+    CHECK(options.adapter.empty(), init, " and adapter is given, whose A and B are as they are; ",
+          "leave one of the two out");
+    CHECK(!quantised, init, " with method qlora: what it leaves of a weight would be quantised ",
+          "anew, and the adapter would not fit the base; take method lora or dora");
+    CHECK(options.base_adapters.empty(), init, ", which changes the weights that base_adapters ",
+          "belong to; merge them into the base first (graft merge), or leave one of the two out");
+  }
   if (full) {
     for (const std::string& name : options.given)
       CHECK(find_option_key(name)->group != Group::Lora || name == "base_model_name_or_path",

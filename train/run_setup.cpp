@@ -12,6 +12,7 @@
 #include "models/adapter_stack.h"
 #include "models/model_files.h"
 #include "models/replaced_parameters.h"
+#include "models/residual_base.h"
 #include "models/tokenizer.h"
 #include "models/weights.h"
 #include "train/checkpoint.h"
@@ -181,6 +182,9 @@ std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string&
   CHECK(!nf4 || options.lora_layout == LoraLayout::Plain,
         "train: lora_layout is given, but the weights of ", model_dir,
         " are NF4 and cannot be merged; leave it out");
+  const bool residual = !is_full(options) && has_residual_base(options.lora);
+  CHECK(!residual || !nf4, "train: init_lora_weights is ", init_name(options.lora),
+        ", but the weights of ", model_dir, " are NF4; take the unquantised model");
   if (is_full(options))
     widen_weights(*model);
   else if (options.adapter.empty())
@@ -190,6 +194,12 @@ std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string&
   CHECK(options.loraplus_lr_ratio == 1 || !model->embed_tokens.lora,
         "train: loraplus_lr_ratio is given, and target_modules name the embedding, for which LoRA+ "
         "has a rate of its own that graft has not; leave either out");
+  if (residual) {
+    CHECK(!model->embed_tokens.lora && !model->lm_head.lora,
+          "train: init_lora_weights is pissa or olora, and target_modules name embed_tokens or "
+          "lm_head, whose weights nothing may be taken out of; leave either out");
+    take_out_adapters(*model, options.lora, options.seed);
+  }
   AdapterStack stack(*model);
   for (const std::string& text : options.base_adapters) {
     const AdapterChoice base = parse_adapter_choice(text);

@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 
-PARTS = ("models", "adapters", "targets", "trajectories", "qlora", "nf4", "dropout", "dora", "stacks",
+PARTS = ("models", "adapters", "targets", "trajectories", "pissa", "qlora", "nf4", "dropout", "dora", "stacks",
          "schedules", "sampling")
 
 
