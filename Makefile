@@ -82,7 +82,7 @@ emu_backend  = $(call emu_names,$(1),$(EMU_SRC) $(wildcard cuda/*.cu)) $(if $(fi
 emu_tests    = $(call emu_names,$(1),$(EMU_TESTS))
 
 .DEFAULT_GOAL := all
-.PHONY: all help deps demo demo-base test emulated emulated-lazy emulated-train mutants ladder bench bench-peers check format clean install-packages
+.PHONY: all help deps demo demo-base test emulated emulated-lazy emulated-train mutants ladder bench bench-peers compare-methods check format clean install-packages
 
 all: $(BUILD)/graft  ## build build/graft
 
@@ -235,6 +235,11 @@ bench:  ## kernels and GEMM against OpenBLAS and the FMA peak of this machine
 bench-peers:  ## a training step here and in PEFT, in turn (makes a throw-away Python environment)
 	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/bench/train_step
 	bench/bench_peers.sh $(BUILD)/bench/train_step
+
+compare-methods:  ## what full, LoRA, QLoRA and DoRA cost and reach, into the README; half an hour on two cores
+	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
+	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/bench/train_step $(BUILD)/bench/compare_methods
+	bench/compare_methods.sh $(BUILD)/bench/train_step $(BUILD)/bench/compare_methods README.md
 
 check:  ## folder layering, formatting, no shared code in the instruction-set objects
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(CHECK_PACKAGES)"

@@ -49,9 +49,12 @@ Options parse(int argc, char** argv) {
   for (int i = 1; i < argc; i += 2) {
     const std::string name = argv[i];
     CHECK(i + 1 < argc, "cuda_ladder: ", name, " lacks its value");
-    if (name == "--repeats")
-      options.repeats = std::stoi(argv[i + 1]);
-    else if (const auto text = texts.find(name); text != texts.end())
+    if (name == "--repeats") {
+      char* end = nullptr;
+      options.repeats = int(std::strtol(argv[i + 1], &end, 10));
+      CHECK(end != argv[i + 1] && !*end, "cuda_ladder: --repeats ", argv[i + 1],
+            ", wanted a number");
+    } else if (const auto text = texts.find(name); text != texts.end())
       *text->second = argv[i + 1];
     else
       fail("cuda_ladder: unknown option ", name);

@@ -63,7 +63,7 @@ $(eval $(call packed_rules,packed-dist,$(DIST_CODE)))
 -include $(GPU_TEST_OBJ:.o=.d) $(HOST_OBJ:.o=.d)
 
 # --- what people run -----------------------------------------------------------------------------------
-.PHONY: gpu gpu-test gpu-bench gpu-step gpu-peers gpu-rehearsal gpu-tables gpu-kit dist gpu-build gpu-card need-nvcc
+.PHONY: gpu gpu-test gpu-bench gpu-step gpu-peers gpu-rehearsal gpu-tables gpu-kit dist gpu-build gpu-card need-nvcc new-nvcc
 
 gpu: gpu-build  ## on a machine with an NVIDIA GPU: all four parts below, results into bench/results
 	@bench/gpu.sh
@@ -93,16 +93,21 @@ gpu-card:
 	  { echo "gpu: no NVIDIA driver on this machine; nothing was run"; exit 2; }
 need-nvcc:
 	@[ "$(NVCC)" != none ] || { echo "no nvcc on this machine (13.0, or 12.8 or newer): nothing was built"; exit 2; }
+# What is packed for other machines is compressed, and dist has sm_100 and 120: both are new in 12.8.
+new-nvcc: need-nvcc
+	@release=$$($(NVCC) --version | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\).*/\1 \2/p'); set -- $$release; \
+	  [ "$${1:-0}" -gt 12 ] || { [ "$${1:-0}" = 12 ] && [ "$$2" -ge 8 ]; } || \
+	  { echo "$(NVCC) is of CUDA $${1:-?}.$${2:-?}, and 12.8 or newer is wanted: nothing was built; give another as NVCC=..."; exit 2; }
 gpu-build: gpu-card need-nvcc
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
 	@$(MAKE) --no-print-directory -j$(JOBS) $(GPU_PROGRAMS:%=build/%) build/graft_tests
 
-gpu-kit: need-nvcc  ## everything that make gpu runs, for machines with a driver alone (sm_90a), into build/gpu-kit
+gpu-kit: new-nvcc  ## everything that make gpu runs, for machines with a driver alone (sm_90a), into build/gpu-kit
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) libgtest-dev"
 	@$(MAKE) --no-print-directory -j$(JOBS) $(GPU_PROGRAMS:%=build/packed-kit/%)
 	@bench/pack.sh kit build/packed-kit build/gpu-kit
 
-dist: need-nvcc  ## one binary for all cards from sm_80 on, as build/dist/graft-VERSION-linux-x86_64.tar.gz
+dist: new-nvcc  ## one binary for all cards from sm_80 on, as build/dist/graft-VERSION-linux-x86_64.tar.gz
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES)"
 	@$(MAKE) --no-print-directory -j$(JOBS) build/packed-dist/graft
 	@bench/pack.sh dist build/packed-dist build/dist

@@ -188,18 +188,25 @@ inline std::string kernel_section(const std::vector<Json>& results) {
   return text;
 }
 
-// `page` with what stands between <!-- NAME --> and <!-- /NAME --> replaced, for both names;
-// a page without either pair is an Error.
+// `page` with what stands between <!-- NAME --> and <!-- /NAME --> replaced; an Error where the
+// page has no such place.
+inline std::string with_section(const std::string& page, const std::string& name,
+                                const std::string& text) {
+  const std::string open = "<!-- " + name + " -->\n", close = "<!-- /" + name + " -->";
+  const size_t begin = page.find(open);
+  CHECK(begin != std::string::npos, "results: the page has no line <!-- ", name, " -->");
+  const size_t from = begin + open.size(), to = page.find(close, from);
+  CHECK(to != std::string::npos, "results: <!-- ", name, " --> is not closed by ", close);
+  return page.substr(0, from) + text + page.substr(to);
+}
+
+// The same for the tables of GPUs, both or the one that the page has.
 inline std::string with_tables(std::string page, const std::vector<Json>& results) {
   bool found = false;
   for (const auto& [name, text] : {std::pair<std::string, std::string>{"gpu", gpu_section(results)},
                                    {"gpu-kernels", kernel_section(results)}}) {
-    const std::string open = "<!-- " + name + " -->\n", close = "<!-- /" + name + " -->";
-    const size_t begin = page.find(open);
-    if (begin == std::string::npos) continue;
-    const size_t from = begin + open.size(), to = page.find(close, from);
-    CHECK(to != std::string::npos, "results: ", open, " is not closed by ", close);
-    page = page.substr(0, from) + text + page.substr(to);
+    if (page.find("<!-- " + name + " -->\n") == std::string::npos) continue;
+    page = with_section(page, name, text);
     found = true;
   }
   CHECK(found, "results: the page has neither <!-- gpu --> nor <!-- gpu-kernels -->");

@@ -1,9 +1,10 @@
-// One training step of LoRA or DoRA at a given shape, on the CPU or a GPU, as bench_peers.sh and
-// gpu.sh compare it with PEFT's: takes random tokens, trains, and prints one line of JSON.
+// One training step of LoRA, QLoRA, DoRA or of all weights at a given shape, on the CPU or a GPU,
+// as bench_peers.sh and gpu.sh compare it with PEFT's: takes random tokens, trains, and prints one
+// line of JSON.
 //   train_step --make CONFIG.json DIR DTYPE     writes a model with random weights
 //   train_step MODEL [--device cpu|cuda] [--dtype bfloat16] [--seq 512] [--batch 1] [--rank 16]
 //              [--steps 4] [--threads 2] [--checkpoint] [--matmul-size 8192]
-//              [--method lora|qlora|dora] [--optim adamw_torch|adamw_8bit]
+//              [--method lora|qlora|dora|full] [--optim adamw_torch|adamw_8bit]
 // MODEL is a directory, or a config.json: then weights are random, made on the device.
 #include <unistd.h>
 
@@ -28,6 +29,7 @@
 #include "nn/parameter_buffer.h"
 #include "tensor/random.h"
 #include "tensor/thread_pool.h"
+#include "train/run_setup.h"
 
 using namespace graft;
 
@@ -71,6 +73,7 @@ struct Arguments {
   bool checkpoint = false;
   bool on_gpu() const { return device == "cuda"; }
   bool quantised() const { return method == "qlora"; }
+  bool full() const { return method == "full"; }
   bool random_weights() const { return model.ends_with(".json"); }
 };
 
@@ -110,8 +113,9 @@ Arguments parse(int argc, char** argv) {
   }
   CHECK(arguments.device == "cpu" || arguments.on_gpu(), "--device: got ", arguments.device,
         ", expected cpu or cuda");
-  CHECK(arguments.method == "lora" || arguments.method == "dora" || arguments.quantised(),
-        "--method: got ", arguments.method, ", expected lora, qlora or dora");
+  CHECK(arguments.method == "lora" || arguments.method == "dora" || arguments.quantised() ||
+            arguments.full(),
+        "--method: got ", arguments.method, ", expected lora, qlora, dora or full");
   CHECK(arguments.optim == "adamw_torch" || arguments.optim == "adamw_8bit", "--optim: got ",
         arguments.optim, ", expected adamw_torch or adamw_8bit");
   CHECK(arguments.steps > 0, "--steps: got ", arguments.steps, ", wanted 1 or more");
@@ -165,21 +169,23 @@ struct Measured {
 
 // One step and `steps` more.
 Measured train(Decoder& model, const Arguments& arguments) {
-  LoraConfig lora;
-  lora.r = arguments.rank;
-  lora.lora_dropout = 0;
-  lora.use_dora = arguments.method == "dora";
-  attach_lora(model, lora, 0);
-  std::vector<std::pair<std::string, Variable>> leaves;
-  for (const auto& [name, linear] : linear_layers(model)) {
-    if (!linear->lora) continue;
-    for (auto& leaf : adapter_leaves(name, *linear->lora)) leaves.push_back(std::move(leaf));
+  const bool dora = arguments.method == "dora";
+  if (arguments.full()) {
+    widen_weights(model);
+  } else {
+    LoraConfig lora;
+    lora.r = arguments.rank;
+    lora.lora_dropout = 0;
+    lora.use_dora = dora;
+    attach_lora(model, lora, 0);
   }
-  ParameterBuffer parameters(leaves, arguments.on_gpu() ? Device::CUDA : Device::CPU,
-                             Scope::Adapters,
+  ParameterBuffer parameters(trained_leaves(model, arguments.full() ? TrainOptions::Method::Full
+                                                                    : TrainOptions::Method::Lora),
+                             arguments.on_gpu() ? Device::CUDA : Device::CPU,
+                             arguments.full() ? Scope::Weights : Scope::Adapters,
                              arguments.optim == "adamw_8bit" ? ParameterBuffer::Moments::Bits8
                                                              : ParameterBuffer::Moments::F32);
-  if (lora.use_dora) parameters.on_publish([&] { model.refresh_adapters(); });
+  if (dora) parameters.on_publish([&] { model.refresh_adapters(); });
   const PackedBatch batch = random_batch(arguments, model.config().vocab_size);
   const double labels = double(arguments.batch * (arguments.seq - 1));
 

@@ -78,7 +78,7 @@ void add_matches(std::vector<std::string>& files, const std::string& pattern) {
 // Files of the library in the order of preference: this toolkit's major version first.
 std::vector<std::string> candidates() {
   std::vector<std::string> files;
-  if (const char* chosen = std::getenv("GRAFT_CUBLAS")) return {chosen};
+  if (const char* chosen = std::getenv("GRAFT_CUBLAS"); chosen && *chosen) return {chosen};
   const auto environment = [](const char* name) -> std::string {
     const char* value = std::getenv(name);
     return value ? value : "";
@@ -119,7 +119,8 @@ bool open_cublas(CublasFunctions& functions, std::string& reason) {
     }
     dlclose(library);
   }
-  reason = std::getenv("GRAFT_CUBLAS")
+  const char* chosen = std::getenv("GRAFT_CUBLAS");
+  reason = chosen && *chosen
                ? concat("GRAFT_CUBLAS names ", files[0], ", which cannot be opened")
                : concat("libcublas.so.13 or .12 was not found in ", files.size(),
                         " places (install the CUDA toolkit's, or PyTorch's package nvidia-cublas, "

@@ -59,6 +59,10 @@ std::string why_not() {
   if (device.major < 8)
     return concat(device.name, " has compute capability ", device.major, ".", device.minor,
                   ", graft's kernels need 8.0");
+  if (!has_code_for_device())
+    return concat("this binary has no code for the ", device.name, " (compute capability ",
+                  device.major, ".", device.minor,
+                  "); build it there, or with CUDA_ARCH=", device.major, device.minor);
   return "";
 }
 

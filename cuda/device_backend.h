@@ -19,6 +19,10 @@ namespace graft {
 struct AdamWConstants;  // step_scalars.h
 struct StepScalars;
 
+// Whether this binary holds machine code of the device's architecture, or PTX for it.
+// elementwise.cu
+bool has_code_for_device();
+
 class CudaBackend final : public Backend {
  public:
   CudaBackend();

@@ -268,4 +268,12 @@ Tensor CudaBackend::on_device(const Tensor& indices) {
   return indices.device() == Device::CUDA ? indices : indices.to(Device::CUDA, Scope::Scratch);
 }
 
+// Asked of one kernel, since all are compiled for the same architectures.
+bool has_code_for_device() {
+  cudaFuncAttributes attributes{};
+  const bool has = cudaFuncGetAttributes(&attributes, add_sum_kernel) == cudaSuccess;
+  if (!has) cudaGetLastError();  // or the next launch would report it
+  return has;
+}
+
 }  // namespace graft

@@ -23,6 +23,7 @@ GemmPlanFile::GemmPlanFile(std::string path, std::string device, uint64_t versio
 }
 
 std::string GemmPlanFile::read() {
+  if (!std::filesystem::is_regular_file(path_)) return "is not a file";
   std::ifstream file(path_, std::ios::binary);
   const auto json = nlohmann::json::parse(file, nullptr, /*allow_exceptions=*/false);
   const std::string torn = "is not a whole plan of products";

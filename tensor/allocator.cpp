@@ -180,8 +180,8 @@ void Allocator::fail_out_of_memory(int64_t size, Scope scope) {
       "out of memory: ", megabytes(size), " more for ", scope_name(scope), "; ", memory_.describe(),
       " holds\n", table(),
       weights ? "the weights do not fit: take a smaller model, or dtype: bfloat16"
-              : "lower per_device_train_batch_size or max_seq_length, set gradient_checkpointing, "
-                "or take dtype: bfloat16");
+              : "lower per_device_train_batch_size or max_seq_length (in generation the prompt or "
+                "max_new_tokens), set gradient_checkpointing, or take dtype: bfloat16");
   if (memory_.is_gpu()) throw OutOfMemory(text);
   fail(text);
 }

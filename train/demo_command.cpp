@@ -9,11 +9,11 @@
 #include <nlohmann/json.hpp>
 
 #include "models/adapter.h"
-#include "models/generate.h"
 #include "models/tokenizer.h"
 #include "models/weights.h"
 #include "train/bpe_trainer.h"
 #include "train/commands.h"
+#include "train/demo_answers.h"
 #include "train/demo_data.h"
 #include "train/finetune.h"
 
@@ -31,40 +31,6 @@ struct DemoOptions {
   uint64_t seed = 1;
   int64_t threads = 0;
 };
-
-void write_jsonl(const fs::path& path, const std::vector<nlohmann::ordered_json>& rows) {
-  std::ofstream file(path, std::ios::binary);
-  for (const auto& row : rows) file << row.dump() << "\n";
-  file.close();
-  CHECK(file.good(), "demo: cannot write ", path.string());
-}
-
-void write_items(const fs::path& path, const std::vector<DemoItem>& items) {
-  std::vector<nlohmann::ordered_json> rows;
-  for (const DemoItem& item : items)
-    rows.push_back({{"prompt", item.prompt}, {"completion", item.completion}});
-  write_jsonl(path, rows);
-}
-
-// What the model answers to each prompt, greedily, up to its end-of-text token.
-std::vector<std::string> answers(Decoder& model, const Tokenizer& tokenizer,
-                                 const std::vector<DemoItem>& items) {
-  GenerationConfig greedy;
-  greedy.do_sample = false;
-  greedy.temperature = 0;
-  greedy.max_new_tokens = 40;
-  greedy.eos_token_ids = {tokenizer.eos_id().value()};
-  std::vector<std::string> texts;
-  for (const DemoItem& item : items)
-    texts.push_back(tokenizer.decode(generate(model, tokenizer.encode(item.prompt).ids, greedy)));
-  return texts;
-}
-
-double exact_match(const std::vector<std::string>& texts, const std::vector<DemoItem>& items) {
-  int exact = 0;
-  for (size_t i = 0; i < items.size(); ++i) exact += texts[i] == items[i].completion;
-  return double(exact) / double(items.size());
-}
 
 TrainOptions lora_recipe(const DemoOptions& demo) {
   TrainOptions options;

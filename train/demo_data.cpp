@@ -4,6 +4,8 @@
 #include <set>
 #include <utility>
 
+#include "tensor/check.h"
+
 namespace graft {
 namespace {
 
@@ -15,6 +17,24 @@ constexpr std::array kJobs = {"judge",  "nurse",  "baker", "pilot", "farmer", "t
 constexpr std::array kCities = {"Delhi", "Oslo",  "Paris", "Lima",  "Cairo", "Rome",
                                 "Tokyo", "Quito", "Accra", "Seoul", "Milan", "Perth",
                                 "Dakar", "Hanoi", "Bern",  "Riga"};
+// The largest of a city's part of the world stands for it: words that the base has read, or it
+// would have to learn to spell first.
+constexpr std::array<std::pair<const char*, const char*>, 16> kRegions = {{{"Delhi", "Delhi"},
+                                                                           {"Tokyo", "Delhi"},
+                                                                           {"Seoul", "Delhi"},
+                                                                           {"Hanoi", "Delhi"},
+                                                                           {"Oslo", "Paris"},
+                                                                           {"Paris", "Paris"},
+                                                                           {"Rome", "Paris"},
+                                                                           {"Milan", "Paris"},
+                                                                           {"Bern", "Paris"},
+                                                                           {"Riga", "Paris"},
+                                                                           {"Cairo", "Cairo"},
+                                                                           {"Accra", "Cairo"},
+                                                                           {"Dakar", "Cairo"},
+                                                                           {"Lima", "Lima"},
+                                                                           {"Quito", "Lima"},
+                                                                           {"Perth", "Perth"}}};
 constexpr std::array kThings = {"boat", "car",   "lamp", "coat", "chair", "drum",
                                 "kite", "clock", "tent", "desk", "ring",  "bike"};
 
@@ -88,6 +108,25 @@ std::vector<int> draw_fields(Random& random) {
   return fields;
 }
 
+const char* region_of(const std::string& city) {
+  for (const auto& [name, region] : kRegions)
+    if (city == name) return region;
+  fail("demo: no region for ", city);
+}
+
+std::string answer(const DemoFact& fact, DemoTask task) {
+  switch (task) {
+    case DemoTask::Classification:
+      return region_of(fact.city);
+    case DemoTask::Entities:
+      return record(fact, {"", "{", "}", ": ", ", ", true}, {0, 1, 2, 3});
+    case DemoTask::Generation:
+      return fact.name + ", who is a " + fact.job + " from " + fact.city + ", works in " +
+             fact.city + " and has a " + fact.thing + ".";
+  }
+  fail("demo: no such task");
+}
+
 }  // namespace
 
 DemoFact demo_fact(Random& random) {
@@ -135,24 +174,31 @@ std::string demo_base_text(Random& random) {
   return text;
 }
 
-DemoItem demo_item(Random& random) {
-  const DemoFact fact = demo_fact(random);
-  const Notation json{"", "{", "}", ": ", ", ", true};
-  return {fact.sentence + " =>", " " + record(fact, json, {0, 1, 2, 3})};
+const char* demo_task_name(DemoTask task) {
+  switch (task) {
+    case DemoTask::Classification:
+      return "classification";
+    case DemoTask::Entities:
+      return "entity extraction";
+    case DemoTask::Generation:
+      return "generation";
+  }
+  fail("demo: no such task");
 }
 
-DemoSplit demo_split(uint64_t seed, int num_train, int num_held_out) {
+DemoSplit demo_split(uint64_t seed, int num_train, int num_held_out, DemoTask task) {
   Random random(seed, /*stream=*/1);
   DemoSplit split;
-  std::set<std::string> answers;
-  while (int(split.held_out.size()) < num_held_out) {
-    DemoItem item = demo_item(random);
-    if (answers.insert(item.completion).second) split.held_out.push_back(std::move(item));
-  }
-  while (int(split.train.size()) < num_train) {
-    DemoItem item = demo_item(random);
-    if (answers.insert(item.completion).second) split.train.push_back(std::move(item));
-  }
+  std::set<std::string> seen;  // the record tells the whole fact
+  const auto draw = [&](std::vector<DemoItem>& items, int count) {
+    while (int(items.size()) < count) {
+      const DemoFact fact = demo_fact(random);
+      if (seen.insert(answer(fact, DemoTask::Entities)).second)
+        items.push_back({fact.sentence + " =>", " " + answer(fact, task)});
+    }
+  };
+  draw(split.held_out, num_held_out);
+  draw(split.train, num_train);
   return split;
 }
 

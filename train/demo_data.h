@@ -26,20 +26,29 @@ DemoFact demo_fact(Random& random);
 // JSON, is never drawn.
 std::string demo_base_text(Random& random);
 
-// The task: the sentence and " =>", to be answered by a record in one fixed notation.
+// A task: the sentence and " =>", to be answered in one fixed form, none of which the base has
+// seen.
+enum class DemoTask {
+  Classification,  // ` Paris`: the part of the world, by its largest city, one of five
+  Entities,        // ` {"name": "Uma", "job": "judge", "city": "Delhi", "thing": "boat"}`
+  Generation,      // ` Uma, who is a judge from Delhi, works in Delhi and has a boat.`
+};
+inline constexpr DemoTask kDemoTasks[] = {DemoTask::Classification, DemoTask::Entities,
+                                          DemoTask::Generation};
+const char* demo_task_name(DemoTask task);
+
 struct DemoItem {
-  std::string prompt;      // `Uma, a judge from Delhi, bought a boat. =>`
-  std::string completion;  // ` {"name": "Uma", "job": "judge", "city": "Delhi", "thing": "boat"}`
+  std::string prompt;  // `Uma, a judge from Delhi, bought a boat. =>`
+  std::string completion;
 };
 
-DemoItem demo_item(Random& random);
-
-// Items of which no two have the same completion: no answer of the held-out ones was ever trained
-// on.
+// Items of which no two tell the same four facts: those of a held-out one were never trained on
+// together.
 struct DemoSplit {
   std::vector<DemoItem> train, held_out;
 };
 
-DemoSplit demo_split(uint64_t seed, int num_train, int num_held_out);
+DemoSplit demo_split(uint64_t seed, int num_train, int num_held_out,
+                     DemoTask task = DemoTask::Entities);
 
 }  // namespace graft

@@ -300,6 +300,13 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   properties->major = 8;
   return cudaSuccess;
 }
+cudaError_t emuFuncGetAttributes(cudaFuncAttributes* attributes) {
+  const char* no_code = std::getenv("EMU_NO_CODE");
+  if (no_code && std::strcmp(no_code, "1") == 0)
+    return set_last_error(cudaErrorNoKernelImageForDevice);
+  attributes->maxThreadsPerBlock = 1024;
+  return cudaSuccess;
+}
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
@@ -327,6 +334,8 @@ constexpr ErrorText kErrors[] = {
     ERROR_TEXT(cudaErrorInvalidValue, "invalid argument"),
     ERROR_TEXT(cudaErrorMemoryAllocation, "out of memory"),
     ERROR_TEXT(cudaErrorInvalidConfiguration, "invalid configuration argument"),
+    ERROR_TEXT(cudaErrorNoKernelImageForDevice,
+               "no kernel image is available for execution on the device"),
     ERROR_TEXT(cudaErrorInvalidResourceHandle, "invalid resource handle"),
     ERROR_TEXT(cudaErrorIllegalState, "the operation cannot be performed in the present state"),
     ERROR_TEXT(cudaErrorLaunchFailure, "unspecified launch failure"),

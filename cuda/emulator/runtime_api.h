@@ -18,6 +18,7 @@ enum cudaError_t : int {
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
   cudaErrorNoDevice = 100,
+  cudaErrorNoKernelImageForDevice = 209,
   cudaErrorInvalidResourceHandle = 400,
   cudaErrorIllegalState = 401,
   cudaErrorNotReady = 600,
@@ -55,6 +56,15 @@ cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaDeviceSynchronize();
 // The total is EMU_MEMORY_MB from the environment, read at each call; 1 TiB without it.
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
+struct cudaFuncAttributes {
+  int maxThreadsPerBlock;
+};
+// As a card finds it that the binary was not built for: EMU_NO_CODE=1.
+cudaError_t emuFuncGetAttributes(cudaFuncAttributes* attributes);
+template <class F>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
+  return emuFuncGetAttributes(attributes);
+}
 cudaError_t emuFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 template <class F>
 cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute a, int v) {

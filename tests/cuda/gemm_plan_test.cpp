@@ -214,6 +214,12 @@ TEST_F(GemmPlan, LeavesOutATornFile) {
   }
 }
 
+TEST_F(GemmPlan, AFolderInItsPlaceIsSaid) {
+  std::filesystem::create_directories(file());
+  use(file(), true);
+  EXPECT_EQ(said_, concat("tune: ", file(), " is not a file; it is left out"));
+}
+
 TEST_F(GemmPlan, TakesTheFirstWhereTheFileNamesACandidateThatIsNotThere) {
   const auto product = [] {
     return make_product(Device::CUDA, DType::F32, DType::F32, false, true, 0);
