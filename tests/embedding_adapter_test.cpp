@@ -214,7 +214,7 @@ class EmbeddingRun : public TinyRun {
     write_data("data.jsonl", 24);
     TrainOptions o;
     o.model = model();
-    o.data = {path("data.jsonl")};
+    o.data = o.eval_data = {path("data.jsonl")};
     o.output_dir = path(out);
     o.lora.r = 4;
     o.lora.lora_dropout = 0.1;
@@ -240,7 +240,7 @@ TEST_F(EmbeddingRun, ResumesAndCheckpointsToTheSameBytes) {
     const std::string whole = concat("whole", i), parts = concat("parts", i);
     TrainOptions o = options(whole, targets, tokens);
     const TrainResult result = finetune(o);
-    EXPECT_LT(result.losses.back(), result.losses.front());
+    EXPECT_LT(result.last_eval_loss.value(), result.first_eval_loss.value());
     const std::string bytes = read(whole + "/adapter_model.safetensors");
     o = options(parts, targets, tokens);
     o.gradient_checkpointing = true;

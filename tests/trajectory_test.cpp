@@ -193,8 +193,8 @@ TEST_F(Trajectory, DoraWithDropoutGivesPeftsLossesAndFinalAdapter) {
   EXPECT_LE(d.max_abs, 1e-4);
 }
 
-// In F32 alone: in BF16 graft's final tensors lay 1.44 times as far from these as PEFT's, why is not
-// known.
+// In F32 alone: in BF16 graft's final tensors lay 1.44 times as far from these as PEFT's, why is
+// not known.
 TEST_F(Trajectory, DoraWithBiasesGivesPeftsLossesAndFinalAdapter) {
   const auto g = golden("bias_dora");
   TrainOptions o = options(g);
