@@ -25,8 +25,9 @@ void check_fits(const AdapterFile& file, const std::vector<NamedLinear>& layers,
                               name.size() - kAdapterPrefix.size() - of_base.size())))
       continue;
     fail(file.directory, ": '", name,
-         "' has no place in this model: whole embeddings beside an "
-         "adapter are not supported");
+         "' has no place: neither modules_to_save nor target_modules of adapter_config.json name "
+         "it; "
+         "do the two files belong together?");
   }
   for (const AdapterModule& module : file.modules) {
     const auto same = [&](const NamedLinear& layer) { return layer.name == module.name; };

@@ -143,7 +143,7 @@ void read_tokens(const Reader& reader, LoraConfig& config) {
   const Json* tokens = reader.find(key);
   if (!tokens || is_off(*tokens)) return;
   const bool by_layer =
-      tokens->is_object() && tokens->size() == 1 && tokens->begin().key().ends_with("embed_tokens");
+      tokens->is_object() && tokens->size() == 1 && is_embedding(tokens->begin().key());
   const Json& list = by_layer ? *tokens->begin() : *tokens;
   if (!list.is_array()) reader.wrong(key, *tokens, "a list of token ids, those of embed_tokens");
   for (const auto& id : list) config.trainable_token_indices.push_back(reader.integer(key, id));

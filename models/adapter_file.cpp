@@ -80,7 +80,9 @@ class Reader {
             halves_[names[i]][0],
             "' has no place: target_modules of adapter_config.json do not "
             "name ",
-            names[i], "; do the two files belong together?");
+            names[i],
+            adapter_.config.modules_to_save.empty() ? "" : ", or modules_to_save takes it out",
+            "; do the two files belong together?");
       read_module(targets[i]);
     }
     read_tokens();
@@ -121,6 +123,9 @@ class Reader {
       unknown_.push_back(name);
     }
     if (unknown_.empty()) return;
+    CHECK(unknown_[0] != kPrefix + kTokenRows, file_.path(), ": tensor '", unknown_[0],
+          "' has no place: adapter_config.json has no trainable_token_indices; do the two files "
+          "belong together?");
     std::vector<std::string> known;
     for (const SafetensorsEntry& entry : file_.entries())
       if (halves_.contains(module_of(entry.name))) known.push_back(entry.name);

@@ -18,7 +18,7 @@ struct Parts {
 };
 
 std::vector<Parts> parts_of(const std::vector<WeightedAdapter>& adapters) {
-  for (const WeightedAdapter& adapter : adapters) check_pairs_alone(adapter.file, "combine");
+  for (const WeightedAdapter& adapter : adapters) check_pairs_alone(adapter.file, "a sum of pairs");
   CHECK(!adapters.empty(), "combine: no adapter is given");
   std::vector<Parts> all;
   std::map<std::string, size_t> where;

@@ -76,6 +76,11 @@ DType own_dtype(const Decoder& model, const Shape& shape) {
 std::vector<std::string> replaced_parameters(Decoder& model, const LoraConfig& config) {
   const Collect all = collect(model);
   const std::set<std::string> whole = modules_to_save(all, config);
+  // PEFT wraps the head for both, and cannot read what comes of it.
+  CHECK(config.trainable_token_indices.empty() || !model.config().tie_word_embeddings ||
+            !whole.contains("lm_head"),
+        "lora: trainable_token_indices and modules_to_save both take lm_head, which is tied to "
+        "model.embed_tokens; leave it out of modules_to_save");
   std::vector<std::string> names;
   for (const std::string& name : all.names) {
     const bool trained_bias =

@@ -76,9 +76,10 @@ std::string join(const std::set<std::string>& names) {
     CHECK(layer <= last_layer, "lora: layers_to_transform holds ", layer,
           ", but the layers of the model are 0 to ", last_layer);
   fail("lora: target_modules (", join(wanted), ") matches no module of the model",
-       config.exclude_modules.empty() && config.layers_to_transform.empty()
+       config.exclude_modules.empty() && config.layers_to_transform.empty() &&
+               config.modules_to_save.empty()
            ? ""
-           : " after exclude_modules and layers_to_transform",
+           : " after exclude_modules, layers_to_transform and modules_to_save",
        "; it could match ", join(candidates), ", or all-linear");
 }
 

@@ -136,6 +136,15 @@ TEST(EmbeddingAdapters, WhatCannotBeIsRefusedInOneLine) {
       attach(R"({"use_dora": true, "target_modules": ["lm_head"]})"),
       "lora: target_modules matches lm_head, on which DoRA is not supported; leave it out, or "
       "take use_dora: false");
+  EXPECT_EQ(
+      attach(R"({"modules_to_save": ["model"]})")
+          .find(
+              "lora: target_modules (q_proj) matches no module of the model after exclude_modules, "
+              "layers_to_transform and modules_to_save"),
+      0u);
+  EXPECT_EQ(attach(R"({"trainable_token_indices": {"xembed_tokens": [5]}})")
+                .find("a: trainable_token_indices is {"),
+            0u);
   const AdapterFile tokens = read_adapter(kAdapters + "tokens");
   const ScratchFolder scratch;
   for (const std::string& message :
@@ -196,7 +205,7 @@ TEST(EmbeddingAdapters, FilesThatAreNotWholeAreRefused) {
       "trainable_token_indices holds 900, but the embedding has rows 0 to 95");
   refuse(
       "tokens", [](Json& config, auto&) { config.erase("trainable_token_indices"); },
-      "has no place in a LoRA adapter");
+      "adapter_config.json has no trainable_token_indices");
   refuse("embedding_and_head", drop("lora_embedding_A"), "lora_embedding_A' is missing");
   refuse("embedding_and_head", drop("lora_embedding_B"), "lora_embedding_B' is missing");
   refuse(
@@ -254,6 +263,17 @@ TEST_F(EmbeddingRun, ResumesAndCheckpointsToTheSameBytes) {
     EXPECT_EQ(finetune(o).losses.size(), 4u);
     EXPECT_EQ(read(parts + "/adapter_model.safetensors"), bytes);
   }
+}
+
+// PEFT cannot read what comes of both on the one matrix; on an untied model it can.
+TEST_F(EmbeddingRun, TokensBesideAWholeHeadThatIsTiedAreRefused) {
+  TrainOptions o = options("out", {"q_proj"}, {5});
+  o.lora.modules_to_save = {"lm_head"};
+  const std::string message = message_of([&] { finetune(o); });
+  EXPECT_NE(message.find("trainable_token_indices and modules_to_save both take lm_head"),
+            std::string::npos)
+      << message;
+  EXPECT_FALSE(fs::exists(path("out/adapter_config.json")));
 }
 
 TEST_F(EmbeddingRun, LoraPlusOnTheEmbeddingIsRefused) {

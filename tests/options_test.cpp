@@ -160,7 +160,8 @@ TEST_F(Options, WrongTypesAndRangesNameLineGotAndExpected) {
   EXPECT_EQ(error("warmup_ratio: nan\n"),
             ":1: warmup_ratio: got 'nan', expected a number from 0 to 1");
   EXPECT_EQ(error("shuffle: maybe\n"), ":1: shuffle: got 'maybe', expected true or false");
-  EXPECT_EQ(error("model: [a, b]\n"), ":1: model: got a list, expected a directory or a hub id");
+  EXPECT_EQ(error("model: [a, b]\n"),
+            ":1: model: got the list [a, b], expected a directory or a hub id");
   EXPECT_EQ(error("bias: some\n"), ":1: bias: got 'some', expected none, lora_only or all");
   EXPECT_EQ(error("modules_to_save: {a: b}\n"),
             ":1: modules_to_save: got a map, expected a list of module names");
@@ -171,7 +172,10 @@ TEST_F(Options, WrongTypesAndRangesNameLineGotAndExpected) {
   EXPECT_EQ(
       error("rank_pattern: {q_proj: 0}\n"),
       ":1: rank_pattern: got a map, expected a map from module patterns to integers from 1 up");
-  EXPECT_EQ(error("- r\n"), ": got a list, expected keys and values, one 'key: value' a line");
+  EXPECT_EQ(error("trainable_token_indices: [3, -1]\n"),
+            ":1: trainable_token_indices: got the list [3, -1], expected token ids");
+  EXPECT_EQ(error("- r\n"),
+            ": got the list [r], expected keys and values, one 'key: value' a line");
   EXPECT_EQ(error("lora: 3\n"),
             ":1: lora: got '3', expected a map such as {r: 16, lora_alpha: 32}");
   EXPECT_EQ(error("a: [1\n").substr(0, 14), ":2: not YAML: ");

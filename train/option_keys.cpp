@@ -357,6 +357,7 @@ Row init_row() {
     o.lora.pissa_niter.reset();
     if (const std::string prefix = "pissa_niter_"; word.starts_with(prefix)) {
       int64_t rounds;
+      if (!std::isdigit(uint8_t(word[prefix.size()]))) return false;
       if (!read_number(rounds, YAML::Node(word.substr(prefix.size())))) return false;
       if (rounds < 0 || rounds > 1000) return false;
       o.lora.pissa_niter = rounds;

@@ -31,7 +31,13 @@ std::string shown(const YAML::Node& node) {
   if (node.IsNull()) return "nothing";
   if (node.IsScalar())
     return (node.Tag() == "!" ? "the text '" : "'") + cut_to_a_line(node.Scalar()) + "'";
-  return node.IsSequence() ? "a list" : "a map";
+  if (!node.IsSequence()) return "a map";
+  std::string list;  // which may hold itself
+  for (const YAML::Node& item : node) {
+    if (!item.IsScalar()) return "a list";
+    list += (list.empty() ? "" : ", ") + item.Scalar();
+  }
+  return "the list [" + cut_to_a_line(list) + "]";
 }
 
 std::string dashed(std::string name) {
