@@ -175,7 +175,7 @@ INSTANTIATE_TEST_SUITE_P(Golden, PeftTrajectory,
                                          "layers_to_transform", "loraplus", "head", "embedding",
                                          "embedding_and_head", "tokens", "tokens_tied",
                                          "dora_llama_gqa", "dora_qwen2_rslora", "dora_patterns",
-                                         "dora_loraplus", "bias_lora_only", "bias_all",
+                                         "dora_loraplus", "bias_lora_only", "bias_all", "bias_dora",
                                          "whole_head", "whole_both", "whole_head_of_tied",
                                          "whole_norms"),
                          [](const auto& info) { return std::string(info.param); });
@@ -190,28 +190,6 @@ TEST_F(Trajectory, DoraWithDropoutGivesPeftsLossesAndFinalAdapter) {
   const Distance d =
       distance(folder_ / "f32/adapter_model.safetensors",
                std::string(kGolden) + "dora_dropout/final/adapter_model.safetensors");
-  EXPECT_LE(d.max_abs, 1e-4);
-}
-
-// In F32 alone: in BF16 graft's final tensors lay 1.44 times as far from these as PEFT's, why is
-// not known.
-TEST_F(Trajectory, DoraWithBiasesGivesPeftsLossesAndFinalAdapter) {
-  const auto g = golden("bias_dora");
-  TrainOptions o = options(g);
-  o.adapter = std::string(kGolden) + "bias_dora/start";
-  expect_losses(run(o, rows(g), "f32"), g);
-  const Distance d = distance(folder_ / "f32/adapter_model.safetensors",
-                              std::string(kGolden) + "bias_dora/final/adapter_model.safetensors");
-  EXPECT_LE(d.max_abs, 1e-4);
-}
-
-TEST_F(Trajectory, TrainingAllWeightsGivesTorchsLossesAndWeights) {
-  const auto g = golden("full_qwen3_tied");
-  TrainOptions o = options(g);
-  o.method = TrainOptions::Method::Full;
-  expect_losses(run(o, rows(g), "full"), g);
-  const Distance d = distance(folder_ / "full/model.safetensors",
-                              std::string(kGolden) + "full_qwen3_tied/final.safetensors");
   EXPECT_LE(d.max_abs, 1e-4);
 }
 
@@ -300,15 +278,13 @@ TEST_F(Trajectory, OloraBeginsWithPeftsAAndB) {
   }
 }
 
-// How far PEFT itself is off in BF16 is in the golden file. Residuals are rounded anew, by both,
-// and twelve losses are a small sample of such noise: graft may be twice as far.
-TEST_P(ResidualTrajectory, InBf16IsAboutAsNearToF32AsPeft) {
+TEST_P(ResidualTrajectory, InBf16IsAsNearToF32AsPeft) {
   const auto g = golden(GetParam());
   TrainOptions o = options(g);
   o.dtype = DType::BF16;
   const TrainResult result = run(o, rows(g), "bf16");
   EXPECT_LE(relative_l2(result.losses, g["losses"]),
-            2 * g["bf16_distance"]["losses"]["relative_l2"].get<double>());
+            1.2 * g["bf16_distance"]["losses"]["relative_l2"].get<double>());
 }
 
 INSTANTIATE_TEST_SUITE_P(Golden, ResidualTrajectory,
