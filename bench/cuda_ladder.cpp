@@ -21,6 +21,7 @@
 
 #include "bench/cuda_ladder_table.h"
 #include "bench/gpu_tables.h"
+#include "bench/page.h"
 #include "cuda/cuda_backend.h"
 #include "cuda/device_backend.h"
 #include "cuda/variants.h"
@@ -97,7 +98,7 @@ void write_table(const Options& options) {
   if (!options.results.empty() && fs::is_directory(options.results))
     for (const auto& entry : fs::directory_iterator(options.results))
       if (entry.path().extension() == ".json") read_results(measured.cards, entry.path());
-  replace_between_markers(options.table, ladder_markdown(measured));
+  replace_section(options.table, "ladder", ladder_markdown(measured));
   std::printf("%s: %zu GPUs timed, registers of %zu kernels\n", options.table.c_str(),
               measured.cards.size(), measured.kernels.size());
 }

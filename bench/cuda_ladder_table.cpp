@@ -195,17 +195,4 @@ std::string ladder_markdown(const LadderMeasurements& measured) {
   return markdown;
 }
 
-void replace_between_markers(const std::string& path, const std::string& text) {
-  const std::string begin = "<!-- ladder -->\n", end = "<!-- /ladder -->";
-  std::ifstream in(path);
-  CHECK(in, "cuda_ladder: cannot read ", path);
-  std::stringstream whole;
-  whole << in.rdbuf();
-  const std::string old = whole.str();
-  const size_t from = old.find(begin), to = old.find(end);
-  CHECK(from != std::string::npos && to != std::string::npos && from < to, "cuda_ladder: ", path,
-        " lacks the lines <!-- ladder --> and <!-- /ladder -->");
-  std::ofstream(path) << old.substr(0, from + begin.size()) << text << old.substr(to);
-}
-
 }  // namespace graft

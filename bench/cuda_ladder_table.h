@@ -39,7 +39,4 @@ void read_results(std::vector<CardTimes>& cards, const std::string& path);
 // wrongly.
 std::string ladder_markdown(const LadderMeasurements& measured);
 
-// Replaces what stands in the file between the lines <!-- ladder --> and <!-- /ladder -->.
-void replace_between_markers(const std::string& path, const std::string& text);
-
 }  // namespace graft

@@ -17,24 +17,11 @@ namespace {
 
 namespace fs = std::filesystem;
 
-std::string read(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  CHECK(file.good(), path.string(), ": cannot be read");
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
-void write(const fs::path& path, const std::string& text) {
-  std::ofstream file(path, std::ios::binary);
-  file << text;
-  file.close();
-  CHECK(file.good(), path.string(), ": cannot be written");
-}
-
 void collect(const fs::path& directory, const std::string& section, const std::string& commit,
              const std::string& date, const std::string& device_line) {
   const Json device = Json::parse(device_line);
   const fs::path path = directory / file_name_of(device["gpu"].get<std::string>());
-  Json result = fs::exists(path) ? Json::parse(read(path)) : Json::object();
+  Json result = fs::exists(path) ? Json::parse(read_text(path)) : Json::object();
   result["device"] = device;
   Json rows = Json::array();
   for (std::string line; std::getline(std::cin, line);) {
@@ -45,7 +32,7 @@ void collect(const fs::path& directory, const std::string& section, const std::s
       {"commit", commit}, {"date", date}, {"driver", device.value("driver", "")}, {"rows", rows}};
   if (device.value("cublas", true) == false) result[section]["cublas"] = false;
   fs::create_directories(directory);
-  write(path, result.dump(1) + "\n");
+  write_text(path, result.dump(1) + "\n");
   std::cout << path.string() << "\n";
 }
 
@@ -56,7 +43,7 @@ std::vector<Json> all_results(const fs::path& directory) {
       if (entry.path().extension() == ".json") paths.push_back(entry.path());
   std::sort(paths.begin(), paths.end());
   std::vector<Json> results;
-  for (const fs::path& path : paths) results.push_back(Json::parse(read(path)));
+  for (const fs::path& path : paths) results.push_back(Json::parse(read_text(path)));
   return results;
 }
 
@@ -68,7 +55,7 @@ int main(int argc, char** argv) {
       collect(argv[2], argv[3], argv[4], argv[5], argv[6]);
     } else if (argc >= 4 && !std::strcmp(argv[1], "tables")) {
       const std::vector<Json> results = all_results(argv[2]);
-      for (int i = 3; i < argc; ++i) write(argv[i], with_tables(read(argv[i]), results));
+      for (int i = 3; i < argc; ++i) write_text(argv[i], with_tables(read_text(argv[i]), results));
     } else {
       fail("usage: gpu_results collect DIR SECTION COMMIT DATE DEVICE | tables DIR PAGE...");
     }

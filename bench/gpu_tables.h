@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bench/page.h"
 #include "tensor/check.h"
 
 namespace graft {
@@ -188,19 +189,7 @@ inline std::string kernel_section(const std::vector<Json>& results) {
   return text;
 }
 
-// `page` with what stands between <!-- NAME --> and <!-- /NAME --> replaced; an Error where the
-// page has no such place.
-inline std::string with_section(const std::string& page, const std::string& name,
-                                const std::string& text) {
-  const std::string open = "<!-- " + name + " -->\n", close = "<!-- /" + name + " -->";
-  const size_t begin = page.find(open);
-  CHECK(begin != std::string::npos, "results: the page has no line <!-- ", name, " -->");
-  const size_t from = begin + open.size(), to = page.find(close, from);
-  CHECK(to != std::string::npos, "results: <!-- ", name, " --> is not closed by ", close);
-  return page.substr(0, from) + text + page.substr(to);
-}
-
-// The same for the tables of GPUs, both or the one that the page has.
+// `page` with the tables of GPUs renewed, both or the one that it has.
 inline std::string with_tables(std::string page, const std::vector<Json>& results) {
   bool found = false;
   for (const auto& [name, text] : {std::pair<std::string, std::string>{"gpu", gpu_section(results)},

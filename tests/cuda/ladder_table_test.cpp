@@ -6,6 +6,8 @@
 #include <sstream>
 
 #include "bench/cuda_ladder_table.h"
+
+#include "bench/page.h"
 #include "cuda/variants.h"
 #include "tensor/check.h"
 
@@ -114,10 +116,10 @@ TEST(LadderTable, IgnoresResultsOfOtherBenchmarks) {
 
 TEST(LadderTable, ReplacesOnlyWhatIsBetweenTheMarkers) {
   const TextFile page("page.md", "a\n<!-- ladder -->\nold\n<!-- /ladder -->\nb\n");
-  replace_between_markers(page.path(), "new\n");
+  replace_section(page.path(), "ladder", "new\n");
   EXPECT_EQ(page.text(), "a\n<!-- ladder -->\nnew\n<!-- /ladder -->\nb\n");
   const TextFile other("other.md", "a\n<!-- /ladder -->\n<!-- ladder -->\n");
-  EXPECT_THROW(replace_between_markers(other.path(), ""), Error);
+  EXPECT_THROW(replace_section(other.path(), "ladder", ""), Error);
 }
 
 }  // namespace
