@@ -1,6 +1,5 @@
 // linear_cross_entropy: the language-model head and its loss, without the logits ever existing.
 #include <algorithm>
-#include <array>
 
 #include "autograd/lora_parts.h"
 #include "autograd/tape.h"

@@ -1,7 +1,6 @@
 #include "models/adapter.h"
 
 #include <algorithm>
-#include <map>
 
 #include "models/nearest_name.h"
 #include "models/replaced_parameters.h"
@@ -26,8 +25,7 @@ void check_fits(const AdapterFile& file, const std::vector<NamedLinear>& layers,
       continue;
     fail(file.directory, ": '", name,
          "' has no place: neither modules_to_save nor target_modules of adapter_config.json name "
-         "it; "
-         "do the two files belong together?");
+         "it; do the two files belong together?");
   }
   for (const AdapterModule& module : file.modules) {
     const auto same = [&](const NamedLinear& layer) { return layer.name == module.name; };
@@ -69,29 +67,20 @@ void fill_pairs(const std::vector<NamedLinear>& layers, const AdapterFile& file)
 
 // Puts what the file has in the place of the base's biases and whole modules.
 void put_replaced(Decoder& model, const AdapterFile& file) {
-  const std::vector<std::string> wanted = replaced_parameters(model, file.config);
-  const auto is_wanted = [&](const std::string& name) {
-    return std::find(wanted.begin(), wanted.end(), name) != wanted.end();
-  };
+  const auto wanted = replaced_parameters(model, file.config);
   for (const auto& [name, own] : file.replaced)
-    CHECK(is_wanted(name), file.directory, ": '", name, "' has no place in this model (",
+    CHECK(std::any_of(wanted.begin(), wanted.end(), [&](auto& one) { return one.first == name; }),
+          file.directory, ": '", name, "' has no place in this model (",
           model.config().architecture, ", ", model.config().num_hidden_layers,
           " layers); is the adapter for another model or family?");
-  struct Shapes : Visitor {
-    std::map<std::string, Shape> of;
-    void parameter(const std::string& name, Variable& value) override { of[name] = value.shape(); }
-  } shapes;
-  model.visit("", shapes);
-  shapes.of.try_emplace("lm_head.weight", model.lm_head.weight.shape());  // where it is tied
-  for (const std::string& name : wanted) {
+  for (const auto& [name, shape] : wanted) {
     const auto own = std::find_if(file.replaced.begin(), file.replaced.end(),
                                   [&](const auto& one) { return one.first == name; });
     CHECK(own != file.replaced.end(), file.directory, ": the tensor of '", name,
           "' is missing, but ", is_bias(name) ? "bias" : "modules_to_save",
           " of adapter_config.json asks for it; do the two files belong together?");
-    CHECK(own->second.shape() == shapes.of.at(name), file.directory, ": '", name, "' is ",
-          own->second.shape(), ", expected ", shapes.of.at(name),
-          "; is this the base model of the adapter?");
+    CHECK(own->second.shape() == shape, file.directory, ": '", name, "' is ", own->second.shape(),
+          ", expected ", shape, "; is this the base model of the adapter?");
   }
   for (const auto& [name, own] : file.replaced) replace_parameter(model, name, own);
 }

@@ -6,7 +6,6 @@
 #include <map>
 #include <set>
 
-#include "models/nearest_name.h"
 #include "tensor/backend.h"
 
 namespace graft {
@@ -73,7 +72,8 @@ DType own_dtype(const Decoder& model, const Shape& shape) {
 
 }  // namespace
 
-std::vector<std::string> replaced_parameters(Decoder& model, const LoraConfig& config) {
+std::vector<std::pair<std::string, Shape>> replaced_parameters(Decoder& model,
+                                                               const LoraConfig& config) {
   const Collect all = collect(model);
   const std::set<std::string> whole = modules_to_save(all, config);
   // PEFT wraps the head for both, and cannot read what comes of it.
@@ -81,15 +81,16 @@ std::vector<std::string> replaced_parameters(Decoder& model, const LoraConfig& c
             !whole.contains("lm_head"),
         "lora: trainable_token_indices and modules_to_save both take lm_head, which is tied to "
         "model.embed_tokens; leave it out of modules_to_save");
-  std::vector<std::string> names;
+  std::vector<std::pair<std::string, Shape>> wanted;
   for (const std::string& name : all.names) {
     const bool trained_bias =
         is_bias(name) &&
         (config.bias == LoraConfig::Bias::All ||
          (config.bias == LoraConfig::Bias::LoraOnly && all.adapted.contains(module_of(name))));
-    if (trained_bias || whole.contains(module_of(name))) names.push_back(name);
+    if (trained_bias || whole.contains(module_of(name)))
+      wanted.emplace_back(name, all.places.at(name)->shape());
   }
-  return names;
+  return wanted;
 }
 
 void replace_parameter(Decoder& model, const std::string& name, const Tensor& own) {
@@ -102,10 +103,10 @@ void replace_parameter(Decoder& model, const std::string& name, const Tensor& ow
 
 void start_replaced_parameters(Decoder& model, const LoraConfig& config) {
   restore_parameters(model);
-  for (const std::string& name : replaced_parameters(model, config)) {
-    const Tensor base = collect(model).places.at(name)->value();
-    Tensor own =
-        Tensor::empty(base.shape(), own_dtype(model, base.shape()), base.device(), Scope::Adapters);
+  const Collect all = collect(model);
+  for (const auto& [name, shape] : replaced_parameters(model, config)) {
+    const Tensor base = all.places.at(name)->value();
+    Tensor own = Tensor::empty(shape, own_dtype(model, shape), base.device(), Scope::Adapters);
     backend_of(own).copy(own, base);
     replace_parameter(model, name, own);
   }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "models/decoder.h"
@@ -11,10 +12,12 @@
 
 namespace graft {
 
-// Names of those that this config asks for, in the model's order; the pairs are attached already.
+// Those that this config asks for, with their shapes, in the model's order; the pairs are attached
+// already.
 // Throws Error for an entry of modules_to_save that matches nothing, or another module than
 // embeddings, head or norms.
-std::vector<std::string> replaced_parameters(Decoder& model, const LoraConfig& config);
+std::vector<std::pair<std::string, Shape>> replaced_parameters(Decoder& model,
+                                                               const LoraConfig& config);
 
 // Puts `own`, a leaf to be trained, in the place of a parameter: brought to the model's device, and
 // where it is a matrix to the dtype that the model computes in. Biases and norms are F32, whose

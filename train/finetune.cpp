@@ -96,13 +96,10 @@ Run::Run(TrainOptions& options, const TrainData& data, const RunControl& control
       num_warmup_steps(options.warmup_steps, options.warmup_ratio, schedule_.total_steps);
 
   int64_t trained = 0;
-  std::vector<std::pair<std::string, Variable>> leaves;
-  for (const auto& entry : parameters_.entries()) {
-    trained += entry.variable.shape().num_elements();
-    leaves.emplace_back(entry.name, entry.variable);
-  }
+  for (const auto& entry : parameters_.entries()) trained += entry.variable.shape().num_elements();
   result_.trainable_line = trainable_parameters_line(
-      trained, all_parameters(num_parameters(model_->config()), options.method, leaves));
+      trained,
+      all_parameters(num_parameters(model_->config()), options.method, parameters_.entries()));
 }
 
 // The adapters are in the parameter buffer by now; borders and norms are made from them, here and

@@ -93,9 +93,9 @@ MemoryPlan plan_memory(const ModelConfig& config, const TrainOptions& options, D
   }
   for (const ReplacedParameter& one : model->replaced)
     plan.replaced.emplace_back(one.name, one.own.shape().num_elements());
-  plan.all_parameters = all_parameters(base_parameters, options.method, leaves);
 
   ParameterBuffer parameters(leaves, Device::Meta, Scope::Adapters, moments_of(options));
+  plan.all_parameters = all_parameters(base_parameters, options.method, parameters.entries());
   ForwardContext context;
   context.training = true;
   const PackedBatch batch = full_batch(options);

@@ -212,10 +212,10 @@ std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string&
 }
 
 int64_t all_parameters(int64_t base, TrainOptions::Method method,
-                       const std::vector<std::pair<std::string, Variable>>& trained) {
+                       const std::vector<ParameterBuffer::Entry>& trained) {
   if (method == TrainOptions::Method::Full) return base;
-  for (const auto& [name, leaf] : trained)
-    if (!is_bias(name)) base += leaf.shape().num_elements();
+  for (const ParameterBuffer::Entry& entry : trained)
+    if (!is_bias(entry.name)) base += entry.variable.shape().num_elements();
   return base;
 }
 

@@ -45,7 +45,7 @@ inline ParameterBuffer::Moments moments_of(const TrainOptions& options) {
 // PEFT's "all params": those of the base and what training adds, but biases, trained where they
 // are.
 int64_t all_parameters(int64_t base, TrainOptions::Method method,
-                       const std::vector<std::pair<std::string, Variable>>& trained);
+                       const std::vector<ParameterBuffer::Entry>& trained);
 
 // The trained leaves in model order, with their names; requires_grad is set on all of them. With
 // LoRA+ those that learn at the rate of B come last, so that the optimizer has two pieces to
