@@ -31,6 +31,8 @@ struct Kind {
   TrainOptions::Method method;
   double dropout;
   std::vector<std::string> modules_to_save = {};
+  std::vector<std::string> target_modules = LoraConfig().target_modules;
+  std::vector<int64_t> tokens = {};  // trainable_token_indices
 };
 
 class FinetuneOnCuda : public testing::TestWithParam<Kind> {
@@ -58,6 +60,8 @@ class FinetuneOnCuda : public testing::TestWithParam<Kind> {
     options.lora.r = 4;
     options.lora.lora_dropout = GetParam().dropout;
     options.lora.modules_to_save = GetParam().modules_to_save;
+    options.lora.target_modules = GetParam().target_modules;
+    options.lora.trainable_token_indices = GetParam().tokens;
     options.lora.base_model_name_or_path = options.model;
     options.learning_rate = 2e-3;
     options.lr_scheduler_type = Schedule::Type::Constant;
@@ -107,7 +111,20 @@ INSTANTIATE_TEST_SUITE_P(
                          DType::BF16,
                          TrainOptions::Method::Lora,
                          0.1,
-                         {"lm_head", "embed_tokens", "norm"}}),
+                         {"lm_head", "embed_tokens", "norm"}},
+                    Kind{"EmbeddingAndHeadBF16",
+                         DType::BF16,
+                         TrainOptions::Method::Lora,
+                         0.1,
+                         {},
+                         {"q_proj", "embed_tokens", "lm_head"}},
+                    Kind{"TokensF32",
+                         DType::F32,
+                         TrainOptions::Method::Lora,
+                         0.1,
+                         {},
+                         {"q_proj", "down_proj"},
+                         {0, 260, 261, 300}}),
     [](const testing::TestParamInfo<Kind>& info) { return std::string(info.param.name); });
 
 }  // namespace

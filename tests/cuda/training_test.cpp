@@ -135,6 +135,24 @@ TEST_F(CudaTraining, GraphsGiveTheSameBytesWithBiasesAndWholeModules) {
   }
 }
 
+// The head's adapter works inside of the loss, chunk by chunk; rows of tokens are copied into the
+// embedding and the tied head.
+TEST_F(CudaTraining, GraphsGiveTheSameBytesWithAdaptersOfEmbeddingHeadAndTokens) {
+  for (const bool tokens : {false, true}) {
+    TrainOptions o = options("", 7);
+    o.dtype = tokens ? DType::F32 : DType::BF16;
+    if (tokens) o.model = "tests/golden/models/qwen3_tied";
+    o.lora.target_modules = {"v_proj"};
+    if (tokens)
+      o.lora.trainable_token_indices = {3, 10, 17, 24};
+    else
+      o.lora.target_modules.insert(o.lora.target_modules.end(), {"embed_tokens", "lm_head"});
+    expect_same_with_graphs(o, "adapter_model.safetensors");
+    fs::remove_all(path("plain"));
+    fs::remove_all(path("graphs"));
+  }
+}
+
 // Two rates in one captured step, both of which the schedule moves.
 TEST_F(CudaTraining, GraphsGiveTheSameBytesWithLoraPlus) {
   TrainOptions o = options("", 7);
