@@ -15,8 +15,9 @@ endif
 SANFLAGS_asan := -O1 -Wno-maybe-uninitialized -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 SANFLAGS := $(SANFLAGS_$(SAN))
 
+# CXXOPTS_NO_REGEX: it can parse without <regex>, which takes the compiler six seconds a file.
 # -Wno-restrict: g++ 12 warns about its own std::string concatenation (GCC bug 105651).
-ALLFLAGS := -std=c++20 $(CXXFLAGS) -Wall -Wextra -Wno-restrict -I. -MMD -MP -pthread $(SANFLAGS)
+ALLFLAGS := -std=c++20 $(CXXFLAGS) -Wall -Wextra -Wno-restrict -I. -DCXXOPTS_NO_REGEX -MMD -MP -pthread $(SANFLAGS)
 LIBS     := -lyaml-cpp -lpcre2-8 -lutf8proc -pthread
 
 # --- packages (Debian and Ubuntu) -----------------------------------------------------------------
@@ -73,13 +74,15 @@ EMU_KINDS   := fast asan race
 EMU_FLAGS   := -std=c++20 -O2 -g -DCUDA_EMU -Icuda/emulator -I. -Wall -Wextra -Wno-restrict -Wno-unknown-pragmas \
                -fno-strict-aliasing -MMD -MP
 EMU_asan    := -fsanitize=address,undefined -fno-sanitize-recover=all
-EMU_race    := -DEMU_RACECHECK
+EMU_race    :=
 EMU_SRC     := $(filter-out %/racecheck.cpp,$(wildcard cuda/emulator/*.cpp)) $(CUDA_SRC)
-EMU_TESTS   := $(wildcard tests/cuda/*.cpp tests/cuda/*.cu) tests/op_cases.cpp bench/cuda_ladder_table.cpp
+EMU_TESTS   := $(wildcard tests/cuda/*.cpp tests/cuda/*.cu) tests/main.cpp tests/op_cases.cpp bench/cuda_ladder_table.cpp
 EMU_BIN     := $(EMU_KINDS:%=$(EMU)/%/cuda_tests) $(EMU)/fast/graft
-emu_names    = $(patsubst %.cu,$(EMU)/$(1)/%.cu.o,$(patsubst %.cpp,$(EMU)/$(1)/%.o,$(2)))
-emu_backend  = $(call emu_names,$(1),$(EMU_SRC) $(wildcard cuda/*.cu)) $(if $(filter race,$(1)),$(EMU)/race/cuda/emulator/racecheck.o)
-emu_tests    = $(call emu_names,$(1),$(EMU_TESTS))
+# Tests without kernels are compiled once for all builds (which this is, emu::checks() tells), and what has no kernels
+# once for fast and race.
+emu_names    = $(patsubst %.cu,$(EMU)/$(1)/%.cu.o,$(patsubst %.cpp,$(EMU)/$(2)/%.o,$(3)))
+emu_backend  = $(call emu_names,$(1),$(1:race=fast),$(EMU_SRC) $(wildcard cuda/*.cu)) $(if $(filter race,$(1)),$(EMU)/race/cuda/emulator/racecheck.o)
+emu_tests    = $(call emu_names,$(1),host,$(EMU_TESTS))
 
 .DEFAULT_GOAL := all
 .PHONY: all help deps demo demo-base test emulated emulated-lazy emulated-train mutants ladder bench bench-peers compare-methods check format clean install-packages
@@ -114,6 +117,11 @@ $(BUILD)/obj/%.o: %.cpp
 	@mkdir -p $(@D)
 	$(CXX) $(ALLFLAGS) -c -o $@ $<
 
+# A third less to compile, and what tests wait for is not in them.
+$(BUILD)/obj/tests/%.o: tests/%.cpp
+	@mkdir -p $(@D)
+	$(CXX) $(ALLFLAGS) -O1 -c -o $@ $<
+
 define isa_rule
 $$(BUILD)/obj/tensor/cpu/kernels/%.$(1).o: tensor/cpu/kernels/%.cpp
 	@mkdir -p $$(@D)
@@ -129,12 +137,15 @@ $$(EMU)/$(1)/%.cu.o: %.cu
 	@mkdir -p $$(@D)
 	$$(CXX) $$(EMU_FLAGS) $$(EMU_$(1)) $(if $(filter race,$(1)),-fsanitize=thread) -x c++ -c -o $$@ $$<
 $$(EMU)/$(1)/cuda_tests: $$(call emu_backend,$(1)) $$(call emu_tests,$(1)) build/libgraft.a
-	$$(CXX) $$(EMU_$(1)) -o $$@ $$^ -lboost_context -lopenblas $$(LIBS) -lgtest -lgtest_main -pthread
+	$$(CXX) $$(EMU_$(1)) -o $$@ $$^ -lboost_context -lopenblas $$(LIBS) -lgtest -pthread
 $$(EMU)/$(1)/graft: build/obj/train/main.o $$(call emu_backend,$(1)) build/libgraft.a
 	$$(CXX) $$(EMU_$(1)) -o $$@ $$^ -lboost_context -lopenblas $$(LIBS)
 -include $$(patsubst %.o,%.d,$$(call emu_backend,$(1)) $$(call emu_tests,$(1)))
 endef
 $(foreach kind,$(EMU_KINDS),$(eval $(call emu_rules,$(kind))))
+$(EMU)/host/%.o: %.cpp
+	@mkdir -p $(@D)
+	$(CXX) $(EMU_FLAGS) -O1 -g0 -c -o $@ $<
 # The scheduler is not what is checked; without checks in it the tests take two thirds of the time.
 $(EMU)/asan/cuda/emulator/emulator.o $(EMU)/asan/cuda/emulator/rendezvous.o: EMU_asan := -DEMU_ASAN=1
 
@@ -154,7 +165,7 @@ build/nvcc/%.ptxas: %.cu $(wildcard cuda/*.h cuda/*.cuh)
 	@mkdir -p $(@D)
 	@$(NVCC) -std=c++20 -O3 -I. -gencode arch=compute_90a,code=sm_90a -Xptxas -v -cubin -o $(@:.ptxas=.cubin) $< >$@ 2>&1 || \
 	  { cat $@; rm $@; exit 1; }
-$(EMU)/fast/cuda_ladder: $(call emu_names,fast,bench/cuda_ladder.cpp bench/cuda_ladder_table.cpp) $(call emu_backend,fast) build/libgraft.a
+$(EMU)/fast/cuda_ladder: $(call emu_names,fast,fast,bench/cuda_ladder.cpp bench/cuda_ladder_table.cpp) $(call emu_backend,fast) build/libgraft.a
 	$(CXX) -o $@ $^ -lboost_context -lopenblas $(LIBS)
 
 -include $(EMU)/fast/bench/cuda_ladder.d
@@ -178,20 +189,19 @@ test:  ## install what is missing, build and run every test [SAN=asan] [FILTER=T
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
 	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/graft $(BUILD)/graft_tests $(EMU_BIN) $(NVCC_TESTS)
 	@$(MAKE) --no-print-directory emulated
-	GRAFT_BINARY=$(BUILD)/graft $(BUILD)/graft_tests --gtest_brief=1 $(if $(FILTER),--gtest_filter='$(FILTER)')
+	@GRAFT_BINARY=$(BUILD)/graft JOBS=$(JOBS) tests/run_sharded.sh "graft_tests" $(BUILD)/graft_tests $(if $(FILTER),--gtest_filter='$(FILTER)')
 
 emulated:  ## run CUDA kernels on the CPU: fast, with a memory checker, with a race checker [FILTER=Faults.*]
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
 	@$(MAKE) --no-print-directory -j$(JOBS) $(EMU_BIN)
-	@$(MAKE) --no-print-directory -j$(JOBS) $(EMU_KINDS:%=emulated-%) emulated-lazy
+	@$(MAKE) --no-print-directory -j1 $(EMU_KINDS:%=emulated-%) emulated-lazy
 # Whole steps, with work on streams done as late as CUDA allows: is a wait missing?
 EMU_LAZY_TESTS := CudaTraining.*:CudaStepGraphs.*:*FinetuneOnCuda*:*Generate*:LayoutRuns.*:SmallKernels.*
 emulated-lazy: $(EMU)/fast/cuda_tests
-	@EMU_LAZY=1 EMU_CACHED=1 OPENBLAS_NUM_THREADS=1 $< --gtest_brief=1 --gtest_filter='$(or $(FILTER),$(EMU_LAZY_TESTS))' \
-	  >$<.lazy.log 2>&1; rc=$$?; echo "emulated CUDA, fast, lazy streams:"; [ $$rc = 0 ] || cat $<.lazy.log; tail -n 1 $<.lazy.log; exit $$rc
+	@EMU_LAZY=1 EMU_CACHED=1 OPENBLAS_NUM_THREADS=1 JOBS=$(JOBS) LOG=$<.lazy.log tests/run_sharded.sh \
+	  "emulated CUDA, fast, lazy streams" $< --gtest_filter='$(or $(FILTER),$(EMU_LAZY_TESTS))'
 emulated-%: $(EMU)/%/cuda_tests
-	@OPENBLAS_NUM_THREADS=1 $< --gtest_brief=1 $(if $(FILTER),--gtest_filter='$(FILTER)') >$<.log 2>&1; rc=$$?; \
-	  echo "emulated CUDA, $*:"; [ $$rc = 0 ] || cat $<.log; tail -n 1 $<.log; exit $$rc
+	@OPENBLAS_NUM_THREADS=1 JOBS=$(JOBS) tests/run_sharded.sh "emulated CUDA, $*" $< $(if $(FILTER),--gtest_filter='$(FILTER)')
 
 emulated-train:  ## fine-tune the bundled model with every kernel emulated, and on the CPU [STEPS=20]
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
@@ -205,7 +215,7 @@ FILES      ?= $(wildcard cuda/*.cu cuda/*.cuh)
 MUTATE_SRC := $(wildcard tests/cuda/mutants/*.cpp)
 mutant_args = compile.$(1)='$(CXX) -I{dir} $(EMU_FLAGS) $(EMU_$(1)) $(if $(filter race,$(1)),-fsanitize=thread) -O1 -g0 \
                 -ffile-prefix-map={dir}/= -x c++ -c -o {object} {source}' \
-              link.$(1)='$(CXX) $(EMU_$(1)) -o {program} {objects} build/libgraft.a -lboost_context -lopenblas $(LIBS) -lgtest -lgtest_main -pthread' \
+              link.$(1)='$(CXX) $(EMU_$(1)) -o {program} {objects} build/libgraft.a -lboost_context -lopenblas $(LIBS) -lgtest -pthread' \
               objects.$(1)='$(call emu_backend,$(1)) $(call emu_tests,$(1))'
 build/mutants/mutate: $(MUTATE_SRC) $(wildcard tests/cuda/mutants/*.h)
 	@mkdir -p $(@D)

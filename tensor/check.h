@@ -3,7 +3,8 @@
 // if that is known, what to do; lower case, no full stop.
 #pragma once
 
-#include <sstream>
+#include <initializer_list>
+#include <ostream>
 #include <stdexcept>
 #include <string>
 
@@ -13,16 +14,26 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The parts, written one after the other as std::ostream writes them.
+// A part of a message and how a stream is given it.
+struct MessagePart {
+  const void* value;
+  void (*write)(std::ostream&, const void*);
+};
+template <class T>
+MessagePart message_part(const T& value) {
+  return {&value, [](std::ostream& out, const void* p) { out << *static_cast<const T*>(p); }};
+}
+std::string concat_parts(std::initializer_list<MessagePart> parts);
+
+// The parts, written one after the other as std::ostream writes them. Every CHECK has such a list
+// of its own; what is compiled for each is kept to a call.
 template <class... Parts>
 std::string concat(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
+  return concat_parts({message_part(parts)...});
 }
 
 template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
+[[noreturn, gnu::cold, gnu::noinline]] void fail(const Parts&... parts) {
   throw Error(concat(parts...));
 }
 

@@ -288,6 +288,7 @@ void Engine::note(const std::string& message, bool place) {
 // ------------------------------------------------------------------------------------------
 
 Options& options() { return engine().options; }
+Checks checks() { return EMU_ASAN ? Checks::kMemory : on_access ? Checks::kRaces : Checks::kNone; }
 Stats& stats() { return engine().stats; }
 const std::string& failure_text() { return engine().failure; }
 std::string running_kernel() { return engine().describe_kernel(); }
@@ -299,10 +300,7 @@ std::string take_report() { return std::exchange(engine().report, {}); }
 unsigned lane_id() { return engine().linear() % 32; }
 void report(const std::string& message) { engine().note(message); }
 void fail(const std::string& message) { engine().abort_launch(message); }
-const Clock& race_clock() { return engine().clock; }
 int running_thread() { return engine().in_kernel() ? static_cast<int>(engine().linear()) : -1; }
-bool on_fiber_stack(const void* p) { return engine().owns_stack(p); }
-bool in_shared_arena(const void* p, size_t& offset) { return engine().owns_shared(p, offset); }
 
 cudaError_t submit_launch(const Launch& launch) {
   if (cudaError_t e = engine().check(launch)) return e;

@@ -47,6 +47,10 @@ struct Options {
 };
 Options& options();
 
+// What this build looks for besides: files that are compiled once for all builds ask here.
+enum class Checks { kNone, kMemory, kRaces };
+Checks checks();
+
 struct Stats {
   uint64_t blocks = 0, threads = 0, switches = 0, rendezvous = 0, mma = 0;
   uint64_t ldmatrix_tiles = 0;  // 8x8 tiles loaded by ldmatrix

@@ -56,8 +56,12 @@ inline bool same_place(const Where& a, const Where& b) {
 
 // A warp-level rendezvous in progress.
 struct Meeting {
-  uint32_t mask = 0, arrived = 0;
-  Combine combine = nullptr;
+  // Without payloads: those of lanes that have not come are never read, and there are many
+  // meetings.
+  Meeting(uint32_t lanes, Combine operation, Where place)
+      : mask(lanes), combine(operation), where(place) {}
+  uint32_t mask, arrived = 0;
+  Combine combine;
   Where where;
   void* payload[32];
 };

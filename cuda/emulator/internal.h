@@ -39,10 +39,7 @@ struct Clock {
   uint32_t block_epoch = 0;               // __syncthreads seen by this block
   std::array<uint32_t, 32> warp_epoch{};  // __syncwarp seen by each warp
 };
-const Clock& race_clock();
 int running_thread();  // linear index in the block, -1 on the host
-bool on_fiber_stack(const void* p);
-bool in_shared_arena(const void* p, size_t& offset);
 
 cudaError_t set_last_error(cudaError_t e);
 // A failure found outside of any kernel; the next text of cudaErrorLaunchFailure, and in the

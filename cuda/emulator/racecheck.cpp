@@ -16,8 +16,7 @@
 #include <set>
 #include <string>
 
-#include "cuda/emulator/cuda_runtime.h"
-#include "cuda/emulator/internal.h"
+#include "cuda/emulator/engine.h"
 
 extern "C" char __executable_start, end;
 
@@ -25,13 +24,21 @@ namespace {
 
 using emu::Access;
 
+// Who touched a cell, where and when: two words, so that it is made, copied and compared in
+// registers. Zero: nobody.
 struct Stamp {
-  uint32_t block = 0;
-  uint32_t pc = 0;  // offset into the program
-  uint16_t epoch = 0, warp_epoch = 0;
-  uint16_t thread : 10 = 0;
-  bool used : 1 = false, atomic : 1 = false,
-              pending : 1 = false;  // pending: an unfinished cp.async
+  uint64_t place = 0;  // block, and above it the pc as an offset into the program
+  uint64_t time = 0;   // epoch, warp_epoch, thread and flags, 16 bits each
+
+  enum : uint64_t { kUsed = 1ull << 48, kAtomic = 2ull << 48, kPending = 4ull << 48 };
+  uint32_t block() const { return uint32_t(place); }
+  uint32_t pc() const { return uint32_t(place >> 32); }
+  uint16_t epoch() const { return uint16_t(time); }
+  uint16_t warp_epoch() const { return uint16_t(time >> 16); }
+  uint16_t thread() const { return uint16_t(time >> 32); }
+  bool used() const { return time & kUsed; }
+  bool atomic() const { return time & kAtomic; }
+  bool pending() const { return time & kPending; }  // an unfinished cp.async
 };
 // The last write and three reads, enough to be exact: if some past read is unordered with a write,
 // then so is the latest, or the latest by another thread than that, or the latest by another warp
@@ -113,98 +120,121 @@ std::string describe(uint32_t pc) {
 
 void report_once(const char* what, uint32_t pc1, uint32_t pc2, const std::string& detail) {
   static std::set<std::pair<uint64_t, uint64_t>> seen;
-  if (!seen.insert({emu::race_clock().launch_first_block, uint64_t{pc1} << 32 | pc2}).second)
+  if (!seen.insert({emu::engine().clock.launch_first_block, uint64_t{pc1} << 32 | pc2}).second)
     return;
   emu::report(std::string(what) + " at " + describe(pc2) + (pc1 ? " and " + describe(pc1) : "") +
               detail);
 }
 
-bool ordered(const Stamp& first, const Stamp& now, bool shared, uint64_t launch_first_block) {
-  if (!first.used) return true;
-  if (first.block != now.block) return shared || first.block < launch_first_block;
-  return first.thread == now.thread || first.epoch < now.epoch ||
-         (first.thread / 32 == now.thread / 32 && first.warp_epoch < now.warp_epoch);
+// Whether CUDA orders an earlier access before this one.
+inline bool ordered(const Stamp& first, const Stamp& now, bool shared, uint32_t launch_block) {
+  if (!first.used()) return true;
+  if (first.block() != now.block()) return shared || first.block() < launch_block;
+  return first.thread() == now.thread() || first.epoch() < now.epoch() ||
+         (first.thread() / 32 == now.thread() / 32 && first.warp_epoch() < now.warp_epoch());
+}
+
+[[gnu::cold, gnu::noinline]] void report_race(const char* what, const Stamp& first,
+                                              const Stamp& now, bool shared) {
+  report_once(what, first.pc(), now.pc(),
+              std::string(shared ? " in shared memory" : " in device memory") + ", threads " +
+                  std::to_string(first.thread()) + " and " + std::to_string(now.thread()) +
+                  (first.block() == now.block() ? "" : " of different blocks"));
+}
+
+[[gnu::cold, gnu::noinline]] void report_unwritten(const Stamp& now, bool shared) {
+  report_once("read of uninitialised memory", 0, now.pc(),
+              shared ? " in shared memory" : " in device memory");
+}
+
+inline bool all(const bool* flags, size_t n) {
+  if (n == 4) {
+    uint32_t four;
+    std::memcpy(&four, flags, 4);
+    return four == 0x01010101;
+  }
+  return flags[0] && flags[n - 1];  // one or two
 }
 
 // An access to all the bytes of one cell; `initialised` is null in shared memory.
-void check_part(Cell& c, bool* initialised, size_t bytes, Access kind, const Stamp& now,
-                uint64_t launch_first_block) {
-  const bool shared = !initialised;
+template <bool kShared>
+inline void check_part(Cell& c, bool* initialised, size_t bytes, bool read, const Stamp& now,
+                       uint32_t launch_block) {
   auto conflict = [&](const char* what, const Stamp& first) {
-    if (ordered(first, now, shared, launch_first_block) || (first.atomic && now.atomic)) return;
-    report_once(what, first.pc, now.pc,
-                std::string(shared ? " in shared memory" : " in device memory") + ", threads " +
-                    std::to_string(first.thread) + " and " + std::to_string(now.thread) +
-                    (first.block == now.block ? "" : " of different blocks"));
+    if (!ordered(first, now, kShared, launch_block) && !(first.atomic() && now.atomic()))
+        [[unlikely]]
+      report_race(what, first, now, kShared);
   };
-  if (kind != Access::kRead) {
+  if (!read) {
     conflict("race between two writes", c.write);
-    for (const Stamp* read : {&c.read, &c.other_thread, &c.other_warp})
-      conflict("race between a read and a write", *read);
+    for (const Stamp* one : {&c.read, &c.other_thread, &c.other_warp})
+      conflict("race between a read and a write", *one);
     c.write = now;
-    if (!shared) std::memset(initialised, 1, bytes);
+    if constexpr (!kShared)
+      for (size_t i = 0; i < bytes; ++i) initialised[i] = true;
     return;
   }
-  if (shared ? !c.write.used || c.write.block != now.block
-             : std::memchr(initialised, 0, bytes) != nullptr)
-    report_once("read of uninitialised memory", 0, now.pc,
-                shared ? " in shared memory" : " in device memory");
-  else if (c.write.pending && c.write.block == now.block)
-    report_once("read of a cp.async destination before its wait", c.write.pc, now.pc, "");
+  const bool same_block = c.write.block() == now.block();
+  if (kShared ? !c.write.used() || !same_block : !all(initialised, bytes)) [[unlikely]]
+    report_unwritten(now, kShared);
+  else if (c.write.pending() && same_block) [[unlikely]]
+    report_once("read of a cp.async destination before its wait", c.write.pc(), now.pc(), "");
   conflict("race between a write and a read", c.write);
-  if (c.read.used) {
-    const bool other_block = c.read.block != now.block;
-    if (other_block || c.read.thread != now.thread) c.other_thread = c.read;
-    if (other_block || c.read.thread / 32 != now.thread / 32) c.other_warp = c.read;
+  if (c.read.used()) {
+    const bool other_block = c.read.block() != now.block();
+    if (other_block || c.read.thread() != now.thread()) c.other_thread = c.read;
+    if (other_block || c.read.thread() / 32 != now.thread() / 32) c.other_warp = c.read;
   }
   c.read = now;
+}
+
+// What lies in one word is checked in the parts that the access starts and ends between.
+template <bool kShared>
+inline void check_words(const History& history, bool* initialised, size_t offset, size_t bytes,
+                        bool read, const Stamp& now, uint32_t launch_block) {
+  for (const size_t last = offset + bytes; offset < last;) {
+    const size_t n = std::min(4 - offset % 4, last - offset);
+    const size_t grain = refine(history, offset, (offset | n) & -(offset | n) & 7);
+    for (const size_t stop = offset + n; offset < stop; offset += grain)
+      check_part<kShared>(history.cell(offset), kShared ? nullptr : initialised + offset, grain,
+                          read, now, launch_block);
+  }
 }
 
 void check(const void* p, size_t bytes, Access kind, int thread, const void* pc_pointer) {
   static bool inside = false;  // inline library code of an instrumented object may be ours, too
   if (inside) return;
+  static emu::Engine& engine = emu::engine();
+  if (!engine.in_kernel() || engine.owns_stack(p)) return;  // host code, or a local variable
   struct Guard {
     Guard() { inside = true; }
     ~Guard() { inside = false; }
   } guard;
-  if (thread < 0) thread = emu::running_thread();
-  if (thread < 0 || emu::on_fiber_stack(p)) return;  // host code, or a local variable
-  ++emu::stats().accesses;
-  const emu::Clock& clock = emu::race_clock();
-  Stamp now;
-  now.block = static_cast<uint32_t>(clock.block);
-  now.pc = static_cast<uint32_t>(static_cast<const char*>(pc_pointer) - &__executable_start);
-  now.epoch = static_cast<uint16_t>(clock.block_epoch);
-  now.warp_epoch = static_cast<uint16_t>(clock.warp_epoch[static_cast<size_t>(thread / 32)]);
-  now.thread = static_cast<uint16_t>(thread & 1023);
-  now.used = true;
-  now.atomic = kind == Access::kAtomic;
-  now.pending = kind == Access::kPending;
+  if (thread < 0) thread = int(engine.linear());
+  ++engine.stats.accesses;
+  const emu::Clock& clock = engine.clock;
+  const uint64_t pc = uint64_t(static_cast<const char*>(pc_pointer) - &__executable_start);
+  const uint64_t flags = Stamp::kUsed | (kind == Access::kAtomic    ? uint64_t(Stamp::kAtomic)
+                                         : kind == Access::kPending ? uint64_t(Stamp::kPending)
+                                                                    : 0);
+  const Stamp now{uint32_t(clock.block) | pc << 32,
+                  uint16_t(clock.block_epoch) |
+                      uint64_t(uint16_t(clock.warp_epoch[size_t(thread) / 32])) << 16 |
+                      uint64_t(thread & 1023) << 32 | flags};
+  const bool read = kind == Access::kRead;
+  const auto launch_block = uint32_t(clock.launch_first_block);
   static const History shared_history = take_history(512 << 10);
-  size_t offset;
-  const bool shared = emu::in_shared_arena(p, offset);
-  History history = shared_history;
-  bool* initialised = nullptr;  // of device memory; shared memory is so once written in this block
-  if (!shared) {
-    Region* r = find(p);
-    if (!r) {
-      if (p >= &__executable_start && p < &end) return;  // a constant or __device__ variable
-      return report_once("access outside every device allocation", 0, now.pc, "");
-    }
-    offset = static_cast<size_t>(static_cast<const char*>(p) - r->begin);
-    if (offset + bytes > r->bytes)
-      return report_once("access past the end of a device allocation", 0, now.pc, "");
-    history = r->history;
-    initialised = r->initialised;
+  if (size_t offset; engine.owns_shared(p, offset))
+    return check_words<true>(shared_history, nullptr, offset, bytes, read, now, launch_block);
+  const Region* r = find(p);
+  if (!r) {
+    if (p >= &__executable_start && p < &end) return;  // a constant or __device__ variable
+    return report_once("access outside every device allocation", 0, now.pc(), "");
   }
-  for (const size_t last = offset + bytes; offset < last;) {
-    // What lies in one word, in parts that it starts and ends between.
-    const size_t n = std::min(4 - offset % 4, last - offset);
-    const size_t grain = refine(history, offset, (offset | n) & -(offset | n) & 7);
-    for (const size_t stop = offset + n; offset < stop; offset += grain)
-      check_part(history.cell(offset), initialised ? initialised + offset : nullptr, grain, kind,
-                 now, clock.launch_first_block);
-  }
+  const size_t offset = static_cast<size_t>(static_cast<const char*>(p) - r->begin);
+  if (offset + bytes > r->bytes)
+    return report_once("access past the end of a device allocation", 0, now.pc(), "");
+  check_words<false>(r->history, r->initialised, offset, bytes, read, now, launch_block);
 }
 
 [[maybe_unused]] const bool installed = [] {

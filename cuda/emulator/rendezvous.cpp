@@ -52,12 +52,7 @@ void Engine::meet(uint32_t mask, const char* what, void* payload, Combine combin
            "): the warp has diverged");
     meeting = &m;
   }
-  if (!meeting) {
-    meeting = &warp.meetings.emplace_back();
-    meeting->mask = mask;
-    meeting->combine = combine;
-    meeting->where = where;
-  }
+  if (!meeting) meeting = &warp.meetings.emplace_back(mask, combine, where);
   meeting->arrived |= 1u << lane;
   meeting->payload[lane] = payload;
   complete(warp, i / 32);

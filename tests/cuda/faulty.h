@@ -25,4 +25,6 @@ enum class Fault {
 // out[i] = sum of in[128 i, 128 (i + 1)), n a multiple of 128. Throws Error where the launch fails.
 void faulty_block_sum(Fault fault, const float* in, float* out, int n);
 
+void touch_from_host(float* device_memory);  // which nobody must
+
 }  // namespace graft

@@ -29,9 +29,9 @@ bool ends_with(const std::string& text, const std::string& end) {
 
 // build/emu/fast/cuda/rope.cu.o -> cuda/rope.cu, build/emu/fast/tests/cuda/a_test.o ->
 // tests/cuda/a_test.cpp
-std::string source_of(const std::string& object, const std::string& kind) {
-  const std::string root = "/" + kind + "/";
-  const std::string name = object.substr(object.find(root) + root.size());
+std::string source_of(const std::string& object) {
+  const std::string root = "build/emu/";
+  const std::string name = object.substr(object.find('/', root.size()) + 1);
   const std::string stem = name.substr(0, name.size() - 2);
   return ends_with(stem, ".cu") ? stem : stem + ".cpp";
 }
@@ -98,7 +98,7 @@ void Builder::check_unchanged(const std::string& file) {
 std::vector<Builder::Unit> Builder::units(const Kind& kind, const std::string& file) const {
   std::vector<Unit> units;
   for (const std::string& object : kind.objects) {
-    const std::string source = source_of(object, kind.name);
+    const std::string source = source_of(object);
     if (ends_with(file, ".cu")) {
       if (source == file) units.push_back({source, object});
       continue;

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Runs a test program in as many processes as JOBS says, at most eight, each with a share of the tests. Shows what failed
+# whole and why tests were skipped, and closes with the sum of the shares' last lines (tests/main.cpp).
+#   JOBS=2 [LOG=path] tests/run_sharded.sh TITLE PROGRAM [gtest arguments]
+set -u
+title=$1
+program=$2
+shift 2
+log=${LOG:-$program.log}
+jobs=$((${JOBS:-1} < 8 ? ${JOBS:-1} : 8))
+rm -f "$log".*
+pids=()
+for ((i = 0; i < jobs; i++)); do
+  GTEST_TOTAL_SHARDS=$jobs GTEST_SHARD_INDEX=$i "$program" --gtest_brief=1 "$@" >"$log.$i" 2>&1 &
+  pids+=($!)
+done
+failed=0
+for ((i = 0; i < jobs; i++)); do
+  wait "${pids[$i]}" && continue
+  failed=1
+  echo "$title, part $((i + 1)) of $jobs, failed or did not end:"
+  cat "$log.$i"
+done
+grep -h '^skipped ' "$log".*
+awk -v title="$title" '/^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$/ { passed += $1; failed += $3; skipped += $5 }
+  END { printf "%s: %d passed, %d failed, %d skipped\n", title, passed, failed, skipped }' "$log".*
+exit $failed
