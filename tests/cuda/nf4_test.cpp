@@ -18,6 +18,10 @@
 #include "tests/tolerance.h"
 #include "train/finetune.h"
 
+#if defined(CUDA_EMU)
+#include "cuda/emulator/emulator.h"
+#endif
+
 namespace graft {
 namespace {
 
@@ -88,6 +92,10 @@ TEST_F(Nf4OnCuda, HasOneScratch) {
 
 // From the start of the golden trajectory: PEFT's losses, and the CPU's.
 TEST_F(Nf4OnCuda, TrainsAsPeftOnBitsandbytes) {
+#if defined(CUDA_EMU)
+  if (emu::checks() != emu::Checks::kNone)
+    GTEST_SKIP() << "forty steps for their numbers; this build's checks see NF4 in other tests";
+#endif
   using Method = TrainOptions::Method;
   for (const auto& [name, method] : {std::pair{"qlora", Method::Qlora}, {"qdora", Method::Qdora}}) {
     SCOPED_TRACE(name);

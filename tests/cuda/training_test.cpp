@@ -124,7 +124,7 @@ TEST_F(CudaTraining, GraphsGiveTheSameBytesWithDora) {
 // Vectors in F32 and matrices in BF16 with a master copy, which each replay brings up to date.
 TEST_F(CudaTraining, GraphsGiveTheSameBytesWithBiasesAndWholeModules) {
   for (const DType dtype : {DType::F32, DType::BF16}) {
-    TrainOptions o = options("", 7);
+    TrainOptions o = options("", 5);
     o.dtype = dtype;
     o.model = "tests/golden/models/llama_bias";
     o.lora.bias = LoraConfig::Bias::All;
@@ -139,7 +139,7 @@ TEST_F(CudaTraining, GraphsGiveTheSameBytesWithBiasesAndWholeModules) {
 // embedding and the tied head.
 TEST_F(CudaTraining, GraphsGiveTheSameBytesWithAdaptersOfEmbeddingHeadAndTokens) {
   for (const bool tokens : {false, true}) {
-    TrainOptions o = options("", 7);
+    TrainOptions o = options("", 5);
     o.dtype = tokens ? DType::F32 : DType::BF16;
     if (tokens) o.model = "tests/golden/models/qwen3_tied";
     o.lora.target_modules = {"v_proj"};
@@ -163,7 +163,7 @@ TEST_F(CudaTraining, GraphsGiveTheSameBytesWithLoraPlus) {
 
 TEST_F(CudaTraining, GraphsGiveTheSameBytesWithNf4WeightsAndStateIn8Bits) {
   for (const DType dtype : {DType::F32, DType::BF16}) {
-    TrainOptions o = options("", 7);
+    TrainOptions o = options("", 5);
     o.method = dtype == DType::F32 ? TrainOptions::Method::Qlora : TrainOptions::Method::Qdora;
     o.optim = TrainOptions::Optimizer::AdamW8bit;
     o.loraplus_lr_ratio = 2;
