@@ -34,7 +34,8 @@ if has quality; then
   for pid in $pids; do wait "$pid"; done
 fi
 if has table; then
-  cpu=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)
+  of_cpu() { sed -n "s/^$1[[:space:]]*: //p" /proc/cpuinfo | head -n 1; }
+  cpu="$(of_cpu 'model name') (family $(of_cpu 'cpu family') model $(of_cpu model))"
   cat "$work"/cost.jsonl "$work"/quality.*.jsonl >"$work/results.jsonl"
   "$compare" table "$work/results.jsonl" "$page" --heading "$cpu, $threads threads, commit $(git rev-parse --short HEAD)."
 fi
