@@ -1,4 +1,5 @@
-// What most tests include, parsed once for all of them (Makefile). Every file includes what it uses.
+// What most tests include, parsed once for all of them (Makefile). Every file includes what it
+// uses.
 #ifndef GRAFT_TESTS_PRECOMPILED_H
 #define GRAFT_TESTS_PRECOMPILED_H
 
