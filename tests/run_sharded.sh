@@ -10,6 +10,7 @@ log=${LOG:-$program.log}
 jobs=$((${JOBS:-1} < 8 ? ${JOBS:-1} : 8))
 rm -f "$log".*
 pids=()
+trap 'kill "${pids[@]}" 2>/dev/null; exit 130' INT TERM
 for ((i = 0; i < jobs; i++)); do
   GTEST_TOTAL_SHARDS=$jobs GTEST_SHARD_INDEX=$i "$program" --gtest_brief=1 "$@" >"$log.$i" 2>&1 &
   pids+=($!)
