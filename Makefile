@@ -11,13 +11,17 @@ endif
 ifneq ($(SAN),)
 BUILD := build/$(SAN)
 endif
-# -Wno-maybe-uninitialized: g++ 12 sees ghosts in its own <regex> (by way of cxxopts) under sanitizers.
+# -Wno-maybe-uninitialized: g++ 12 sees ghosts in its own library under sanitizers.
 SANFLAGS_asan := -O1 -Wno-maybe-uninitialized -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 SANFLAGS := $(SANFLAGS_$(SAN))
 
+# Warnings are errors of the compiler that every commit is tested with; what a newer one thinks of besides shall keep nobody
+# from building.
+WERROR := $(if $(SAN),,$(if $(filter 12 12.%,$(shell $(CXX) -dumpversion)),-Werror))
+
 # CXXOPTS_NO_REGEX: it can parse without <regex>, which takes the compiler six seconds a file.
 # -Wno-restrict: g++ 12 warns about its own std::string concatenation (GCC bug 105651).
-ALLFLAGS := -std=c++20 $(CXXFLAGS) -Wall -Wextra -Wno-restrict -I. -DCXXOPTS_NO_REGEX -MMD -MP -pthread $(SANFLAGS)
+ALLFLAGS := -std=c++20 $(CXXFLAGS) -Wall -Wextra $(WERROR) -Wno-restrict -I. -DCXXOPTS_NO_REGEX -MMD -MP -pthread $(SANFLAGS)
 LIBS     := -lyaml-cpp -lpcre2-8 -lutf8proc -pthread
 
 # --- packages (Debian and Ubuntu) -----------------------------------------------------------------
@@ -71,7 +75,7 @@ GRAFT_LIBS = -Wl,--start-group $(GRAFT) -Wl,--end-group $(CUDA_LIBS) $(LIBS)
 # -fno-strict-aliasing: kernels read memory through 16-byte vectors, as nvcc allows.
 EMU         := build/emu
 EMU_KINDS   := fast asan race
-EMU_FLAGS   := -std=c++20 -O2 -g -DCUDA_EMU -Icuda/emulator -I. -Wall -Wextra -Wno-restrict -Wno-unknown-pragmas \
+EMU_FLAGS   := -std=c++20 -O2 -g -DCUDA_EMU -Icuda/emulator -I. -Wall -Wextra $(WERROR) -Wno-restrict -Wno-unknown-pragmas \
                -fno-strict-aliasing -MMD -MP
 EMU_asan    := -fsanitize=address,undefined -fno-sanitize-recover=all
 EMU_race    :=
@@ -220,7 +224,7 @@ emulated-train:  ## fine-tune the bundled model with every kernel emulated, and 
 MUTANTS    ?= 120
 FILES      ?= $(wildcard cuda/*.cu cuda/*.cuh)
 MUTATE_SRC := $(wildcard tests/cuda/mutants/*.cpp)
-mutant_args = compile.$(1)='$(CXX) -I{dir} $(EMU_FLAGS) $(EMU_$(1)) $(if $(filter race,$(1)),-fsanitize=thread) -O1 -g0 \
+mutant_args = compile.$(1)='$(CXX) -I{dir} $(EMU_FLAGS) $(EMU_$(1)) $(if $(filter race,$(1)),-fsanitize=thread) -O1 -g0 -Wno-error \
                 -ffile-prefix-map={dir}/= -x c++ -c -o {object} {source}' \
               link.$(1)='$(CXX) $(EMU_$(1)) -o {program} {objects} build/libgraft.a -lboost_context -lopenblas $(LIBS) -lgtest -pthread' \
               objects.$(1)='$(call emu_backend,$(1)) $(call emu_tests,$(1))'

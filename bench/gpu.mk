@@ -17,9 +17,9 @@ build/bench/cuda_kernels build/bench/cuda_ladder:
 	@mkdir -p $(@D)
 	$(CXX) $(ALLFLAGS) -o $@ $(filter %.o,$^) $(GRAFT_LIBS)
 
-build/bench/gpu_results: build/obj/bench/gpu_results.o
+build/bench/gpu_results: build/obj/bench/gpu_results.o build/obj/tensor/check.o
 	@mkdir -p $(@D)
-	$(CXX) $(ALLFLAGS) -o $@ $<
+	$(CXX) $(ALLFLAGS) -o $@ $^
 
 # The same programs over emulated kernels, at a toy shape: that they run, not how fast.
 EMU_BENCH := $(EMU)/fast/bench/train_step $(EMU)/fast/bench/cuda_kernels
