@@ -78,7 +78,6 @@ EMU_KINDS   := fast asan race
 EMU_FLAGS   := -std=c++20 -O2 -g -DCUDA_EMU -Icuda/emulator -I. -Wall -Wextra $(WERROR) -Wno-restrict -Wno-unknown-pragmas \
                -fno-strict-aliasing -MMD -MP
 EMU_asan    := -fsanitize=address,undefined -fno-sanitize-recover=all
-EMU_race    :=
 EMU_SRC     := $(filter-out %/racecheck.cpp,$(wildcard cuda/emulator/*.cpp)) $(CUDA_SRC)
 EMU_TESTS   := $(wildcard tests/cuda/*.cpp tests/cuda/*.cu) tests/main.cpp tests/op_cases.cpp bench/cuda_ladder_table.cpp
 EMU_BIN     := $(EMU_KINDS:%=$(EMU)/%/cuda_tests) $(EMU)/fast/graft
@@ -257,7 +256,7 @@ bench-peers:  ## a training step here and in PEFT, in turn (makes a throw-away P
 	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/bench/train_step
 	bench/bench_peers.sh $(BUILD)/bench/train_step
 
-compare-methods:  ## what full, LoRA, QLoRA and DoRA cost and reach, into the README; half an hour on two cores
+compare-methods:  ## what full, LoRA, QLoRA and DoRA cost and reach, into the README; 20 minutes on two cores
 	@$(MAKE) --no-print-directory deps NEED="$(BUILD_PACKAGES) $(TEST_PACKAGES)"
 	@$(MAKE) --no-print-directory -j$(JOBS) $(BUILD)/bench/train_step $(BUILD)/bench/compare_methods
 	bench/compare_methods.sh $(BUILD)/bench/train_step $(BUILD)/bench/compare_methods README.md

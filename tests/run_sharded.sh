@@ -7,7 +7,8 @@ title=$1
 program=$2
 shift 2
 log=${LOG:-$program.log}
-jobs=$((${JOBS:-1} < 8 ? ${JOBS:-1} : 8))
+jobs=${JOBS:-1}
+jobs=$((jobs < 1 ? 1 : jobs > 8 ? 8 : jobs))
 rm -f "$log".*
 pids=()
 trap 'kill "${pids[@]}" 2>/dev/null; exit 130' INT TERM
@@ -17,7 +18,7 @@ for ((i = 0; i < jobs; i++)); do
 done
 failed=0
 for ((i = 0; i < jobs; i++)); do
-  wait "${pids[$i]}" && continue
+  wait "${pids[$i]}" && grep -q '^[0-9]* passed, 0 failed, ' "$log.$i" && continue
   failed=1
   echo "$title, part $((i + 1)) of $jobs, failed or did not end:"
   cat "$log.$i"

@@ -193,6 +193,16 @@ TEST_F(Trajectory, DoraWithDropoutGivesPeftsLossesAndFinalAdapter) {
   EXPECT_LE(d.max_abs, 1e-4);
 }
 
+TEST_F(Trajectory, TrainingAllWeightsGivesTorchsLossesAndWeights) {
+  const auto g = golden("full_qwen3_tied");
+  TrainOptions o = options(g);
+  o.method = TrainOptions::Method::Full;
+  expect_losses(run(o, rows(g), "full"), g);
+  const Distance d = distance(folder_ / "full/model.safetensors",
+                              std::string(kGolden) + "full_qwen3_tied/final.safetensors");
+  EXPECT_LE(d.max_abs, 1e-4);
+}
+
 // PiSSA and OLoRA begin at the weights, so there is no adapter to start from; "lora" of the golden
 // file has PEFT's keys.
 class ResidualTrajectory : public PeftTrajectory {

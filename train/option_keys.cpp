@@ -347,10 +347,9 @@ Row init_row() {
   Row made = lora_row(
       "init_lora_weights", Form::Scalar,
       "true, gaussian, false, pissa, pissa_niter_N (N from 0 to 1000) or olora",
-      "how A begins: Kaiming uniform, or Gaussian, with B zero; false: both random; pissa, olora: "
-      "A and B as the main part of each weight, by SVD (niter: a faster one) or QR, and the base "
-      "as "
-      "the rest");
+      "how A begins: Kaiming uniform, or Gaussian, with B zero; false: both random; "
+      "pissa, olora: A and B as the main part of each weight, by SVD (niter: a faster one) or QR, "
+      "and the base as the rest");
   made.key.read = [](TrainOptions& o, const YAML::Node& node) {
     if (!node.IsScalar()) return false;
     std::string word = node.Scalar();
