@@ -185,6 +185,8 @@ LoraConfig parse_adapter_config(const Json& json, const std::string& where) {
   const Json* r = reader.find("r");
   const Json* alpha = reader.find("lora_alpha");
   const Json* dropout = reader.find("lora_dropout");
+  for (const char* key : {"r", "lora_alpha"})
+    if (json.contains(key) && json[key].is_null()) reader.wrong(key, json[key], "a number");
   config.r = r ? reader.integer("r", *r) : 8;
   config.lora_alpha = alpha ? reader.number("lora_alpha", *alpha) : 8;
   config.lora_dropout = dropout ? reader.number("lora_dropout", *dropout) : 0;

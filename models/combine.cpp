@@ -1,6 +1,7 @@
 #include "models/combine.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 
 #include "models/adapter_delta.h"
@@ -67,6 +68,10 @@ Combined begin_combined(const std::vector<WeightedAdapter>& adapters) {
     CHECK(file.embeddings.empty(), file.directory, ": '",
           file.embeddings.empty() ? "" : file.embeddings[0].first,
           "' is a whole embedding, which cannot be combined");
+    CHECK(!file.replaced.empty() || file.config.modules_to_save.empty(), file.directory,
+          ": modules_to_save of adapter_config.json names '",
+          file.config.modules_to_save.empty() ? "" : file.config.modules_to_save[0],
+          "', whose tensor is missing; do the two files belong together?");
     CHECK(file.replaced.empty(), "combine: ", file.directory, " has its own '",
           file.replaced.empty() ? "" : file.replaced[0].first,
           "' in the place of the base's, which is no sum of matrices; take it on by itself");
@@ -77,6 +82,11 @@ Combined begin_combined(const std::vector<WeightedAdapter>& adapters) {
 }
 
 void end_combined(Combined& result, const std::vector<WeightedAdapter>& adapters) {
+  for (const AdapterModule& module : result.file.modules)
+    for (const Tensor* factor : {&module.a, &module.b})
+      CHECK(std::all_of(factor->data<float>(), factor->data<float>() + factor->num_elements(),
+                        [](float x) { return std::isfinite(x); }),
+            "combine: '", module.name, "' is beyond what F32 can hold; take smaller weights");
   bool same = true;
   for (const WeightedAdapter& adapter : adapters)
     same = same && same_targets(adapter.file.config, adapters[0].file.config);

@@ -1,6 +1,7 @@
 #include "models/merge.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <map>
@@ -66,6 +67,23 @@ Tensor merged(const Collect::One& one) {
   for (const auto& [module, weight] : one.deltas) add_delta(sum, one.weight, *module, weight);
   for (const auto& [file, weight] : one.tokens) add_token_rows(sum, one.weight, *file, weight);
   return sum;
+}
+
+// Throws Error where a value of the weight becomes infinite in the file.
+void check_range(const Collect::One& one, const Tensor& sum, DType dtype) {
+  const Tensor wide = sum.to(DType::F32, Scope::Scratch);
+  // Half a step above the largest finite value rounding goes to infinity.
+  const double limit = dtype == DType::F16 ? 65520 : dtype == DType::BF16 ? 0x1.ffp127 : INFINITY;
+  const int64_t rows = wide.size(0), columns = wide.num_elements() / std::max<int64_t>(rows, 1);
+  std::atomic<bool> fits = true;
+  thread_pool().run(rows, [&](int64_t row, int) {
+    const float* values = wide.data<float>() + row * columns;
+    if (!std::all_of(values, values + columns, [&](float x) { return std::abs(x) < limit; }))
+      fits = false;
+  });
+  CHECK(fits, "merge: '", one.name, "' has values that ", dtype_name(dtype), " cannot hold; take ",
+        dtype == DType::F16 ? "--dtype float32 or bfloat16, or " : "",
+        "smaller weights for the adapters");
 }
 
 // got and wanted (out, in), F32. By rows, so that the sums do not depend on the threads.
@@ -179,8 +197,11 @@ Nf4Loss write_merged(Decoder& base, const std::string& model_dir,
   std::vector<TensorToMake> tensors;
   for (const Collect::One& one : collect.all)
     tensors.push_back({one.name, one.weight.shape(), dtype, [&one, &loss, dtype] {
-                         return is_nf4(one.weight.dtype()) ? merged_nf4(one, dtype, loss)
-                                                           : merged(one);
+                         if (is_nf4(one.weight.dtype())) return merged_nf4(one, dtype, loss);
+                         const Tensor sum = merged(one);
+                         const bool changed = !one.deltas.empty() || !one.tokens.empty();
+                         if (changed || dtype == DType::F16) check_range(one, sum, dtype);
+                         return sum;
                        }});
   write_shards(folder, std::move(tensors));
   copy_model_files(model_dir, folder, dtype, tied);

@@ -32,10 +32,13 @@ void copy_model_files(const std::string& model_dir, const std::string& folder, D
   if (config.value("tie_word_embeddings", false) != tied) config["tie_word_embeddings"] = tied;
   config.erase("quantization_config");
   write_file_atomically(folder + "/config.json", config.dump(2) + "\n");
-  for (const char* one : kFiles)
-    if (fs::exists(model_dir + "/" + one))
-      fs::copy_file(model_dir + "/" + one, folder + "/" + one,
-                    fs::copy_options::overwrite_existing);
+  for (const char* one : kFiles) {
+    const std::string from = model_dir + "/" + one, to = folder + "/" + one;
+    if (!fs::exists(from)) continue;
+    fs::copy_file(from, to, fs::copy_options::overwrite_existing);
+    // A model may be read-only; its copy belongs to whoever made it.
+    fs::permissions(to, fs::perms::owner_write, fs::perm_options::add);
+  }
 }
 
 DirectoryAside::DirectoryAside(const std::string& path) : path_(path) {

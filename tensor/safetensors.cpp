@@ -189,6 +189,7 @@ namespace {
 class FileAside {
  public:
   explicit FileAside(const std::string& path) : path_(path), aside_(path + ".tmp") {
+    replaces_ = access(path_.c_str(), F_OK) == 0;
     fd_ = open(aside_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     CHECK(fd_ >= 0, path_, ": cannot be written: ", std::strerror(errno));
   }
@@ -201,8 +202,7 @@ class FileAside {
     while (bytes > 0) {
       const ssize_t written = ::write(fd_, at, size_t(std::min<int64_t>(bytes, 1 << 30)));
       if (written < 0 && errno == EINTR) continue;
-      CHECK(written > 0, path_, ": cannot be written: ", std::strerror(errno),
-            "; the file that was there before is unchanged");
+      CHECK(written > 0, path_, ": cannot be written: ", std::strerror(errno), unchanged());
       at += written;
       bytes -= written;
     }
@@ -212,8 +212,7 @@ class FileAside {
     ok = (close(fd_) == 0) && ok;
     fd_ = -1;
     ok = ok && rename(aside_.c_str(), path_.c_str()) == 0;
-    CHECK(ok, path_, ": cannot be written: ", std::strerror(errno),
-          "; the file that was there before is unchanged");
+    CHECK(ok, path_, ": cannot be written: ", std::strerror(errno), unchanged());
     finished_ = true;
     // The rename itself lasts only once the directory is on the disk too.
     const size_t slash = path_.rfind('/');
@@ -226,7 +225,11 @@ class FileAside {
   }
 
  private:
+  const char* unchanged() const {
+    return replaces_ ? "; the file that was there before is unchanged" : "";
+  }
   std::string path_, aside_;
+  bool replaces_ = false;
   int fd_ = -1;
   bool finished_ = false;
 };

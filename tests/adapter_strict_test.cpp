@@ -108,6 +108,9 @@ std::vector<Fault> tensor_faults() {
        [](Tensors&, Json& config) {
          config["rank_pattern"] = {{"q_proj", 4}, {"self_attn.q_proj", 4}};
        }},
+      {"no lora_alpha",
+       {"lora_alpha is null, expected a number"},
+       [](Tensors&, Json& config) { config["lora_alpha"] = nullptr; }},
       {"NaN",
        {kQ + ".lora_B.weight' holds NaN or infinity at element 5"},
        [](Tensors& t, Json&) {

@@ -224,6 +224,79 @@ TEST_F(Life, MergeKeepsNothingBeyondItsLimit) {
             std::string::npos);
 }
 
+// What generate refuses is not rewritten either, where the base is there to check it against.
+TEST_F(Life, RewritesNoAdapterThatDoesNotFitItsBase) {
+  const AdapterFile whole = read_adapter(path("qwen3_tied"));
+  const auto broken = [&](const char* name, auto change) {
+    AdapterFile file = whole;
+    change(file);
+    write_adapter(file, path(name));
+  };
+  broken("less", [](AdapterFile& file) { file.modules.erase(file.modules.begin()); });
+  broken("narrow", [](AdapterFile& file) {
+    for (AdapterModule& module : file.modules)
+      if (module.name == "model.layers.0.mlp.up_proj")
+        module.a = Tensor::zeros({module.a.size(0), 8}, DType::F32);
+  });
+  broken("deep", [](AdapterFile& file) {
+    file.modules.push_back(file.modules.back());
+    file.modules.back().name = "model.layers.9.mlp.up_proj";
+  });
+  broken("foreign", [](AdapterFile& file) { file.base.weights = "1-0123456789abcdef"; });
+  Json config = Json::parse(read("qwen3_tied/adapter_config.json"));
+  config["modules_to_save"] = {"lm_head"};
+  fs::copy(path("qwen3_tied"), path("promised"));
+  write("promised/adapter_config.json", config.dump());
+  const std::pair<std::string, std::string> cases[] = {
+      {"less", "are missing"},
+      {"narrow", "'model.layers.0.mlp.up_proj' has A (4, 8)"},
+      {"deep", "'model.layers.9.mlp.up_proj' has no place"},
+      {"foreign", "belongs to another base"},
+      {"promised", "the tensor of 'lm_head.weight' is missing"}};
+  for (const auto& [name, text] : cases) {
+    refused(kGenerate + "--adapter " + name, {text});
+    for (const char* command :
+         {"combine --model model -o out", "combine --model model -o out --method svd",
+          "convert --model model -o out", "convert --model model -o out --rank 2",
+          "convert --model model -o out --to mlx", "convert --model model -o out --to gguf"})
+      refused(std::string(command) + " --adapter " + name, {name, text});
+  }
+  ok("combine --model model -o out --allow-other-base --adapter foreign");
+  // Without the base it can't be known, and that is said.
+  const Outcome outcome = shell("$GRAFT combine -o blind --adapter less");
+  EXPECT_EQ(outcome.status, 0) << outcome.err;
+  EXPECT_NE(outcome.err.find("the base 'tests/golden/models/qwen3_tied' is not on this machine"),
+            std::string::npos)
+      << outcome.err;
+  refused("combine -o out2 --adapter promised", {"promised", "'lm_head', whose tensor is missing"});
+}
+
+// A limit of the size of files stands for a full disk.
+TEST_F(Life, LeavesNothingWhereNothingCanBeWritten) {
+  const auto before = files();
+  for (const char* command : {"combine --model model -o out --adapter qwen3_tied",
+                              "convert --model model -o out --adapter qwen3_tied",
+                              "convert --model model -o out --to mlx --adapter qwen3_tied",
+                              "convert --model model -o out --to gguf --adapter qwen3_tied",
+                              "merge --model model -o out --adapter qwen3_tied"}) {
+    const Outcome outcome = shell(std::string("ulimit -f 4; $GRAFT ") + command);
+    EXPECT_EQ(outcome.status, 1) << command;
+    EXPECT_NE(outcome.err.find("cannot be written: File too large\n"), std::string::npos)
+        << command << ": " << outcome.err;
+    EXPECT_EQ(files(), before) << command;
+  }
+}
+
+TEST_F(Life, SaysWhereWeightsAreOutOfRange) {
+  refused(kGenerate + "--adapter qwen3_tied:1e39", {"logits that are not finite"});
+  refused("combine -o out --adapter qwen3_tied:1e39", {"beyond what F32 can hold"});
+  for (const char* dtype : {"float32", "bfloat16"})
+    refused(std::string("merge --model model -o out --adapter qwen3_tied:1e39 --dtype ") + dtype,
+            {"_proj.weight' has values that", "cannot hold", "smaller weights"});
+  refused("merge --model model -o out --adapter qwen3_tied:1e7 --dtype float16",
+          {"that F16 cannot hold", "--dtype float32"});
+}
+
 TEST_F(Life, SaysInOneLineWhatIsWrong) {
   const std::string merge = "merge --model model -o out ", combine = "combine -o out ",
                     convert = "convert --model model -o out --adapter qwen3_tied ";
@@ -235,12 +308,15 @@ TEST_F(Life, SaysInOneLineWhatIsWrong) {
   refused(merge + kBoth + "--dtype int8", {"--dtype is 'int8'"});
   refused(merge + kBoth + "--max-kl -1", {"--max-kl is '-1'"});
   refused(merge + kBoth + "--text nowhere", {"nowhere: cannot be read"});
+  refused(merge + kBoth + "--text model", {"model: cannot be read", "--text names a file"});
+  refused("merge --model model -o /proc/nowhere/out " + kBoth, {"/proc/nowhere"});
+  refused("combine -o /proc/nowhere/out " + kBoth, {"/proc/nowhere"});
   refused(merge + kBoth + "--bogus", {"unknown flag --bogus"});
   refused("merge --model model -o model " + kBoth, {"model: is there already"});
   refused(combine, {"--adapter DIR[:WEIGHT] is missing"});
   refused(combine + kBoth + "--method linear", {"--method is 'linear'", "cat or svd"});
   refused(combine + kBoth + "--rank 4", {"--rank is given with method cat"});
-  refused(combine + kBoth + "--method svd --rank 0", {"--rank is '0'"});
+  refused(combine + kBoth + "--method svd --rank 0", {"--rank is '0'", "from 1 to 2147483647"});
   refused("combine -o model " + kBoth, {"model holds files already"});
   refused(convert + "--to onnx", {"--to is 'onnx'", "peft, lora, mlx or gguf"});
   refused(convert + "--adapter patterns", {"expected one --adapter"});

@@ -165,6 +165,9 @@ TEST_F(Options, WrongTypesAndRangesNameLineGotAndExpected) {
   EXPECT_EQ(error("bias: some\n"), ":1: bias: got 'some', expected none, lora_only or all");
   EXPECT_EQ(error("modules_to_save: {a: b}\n"),
             ":1: modules_to_save: got a map, expected a list of module names");
+  EXPECT_EQ(error("exclude_modules: all-linear\n"),
+            ":1: exclude_modules: got 'all-linear', expected a list of module names or a regular "
+            "expression");
   EXPECT_EQ(error("dtype: int8\n"), ":1: dtype: got 'int8', expected float32 or bfloat16");
   EXPECT_EQ(error("lr_scheduler_type: step\n"),
             ":1: lr_scheduler_type: got 'step', expected constant, constant_with_warmup, linear or "

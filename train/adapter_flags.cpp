@@ -110,8 +110,10 @@ double number_flag(const std::string& command, const std::string& flag, const st
 
 int64_t whole_flag(const std::string& command, const std::string& flag, const std::string& text,
                    int64_t least, int64_t most) {
-  const double value = number_flag(command, flag, text, double(least), double(most));
-  if (value != std::floor(value))
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  if (text.empty() || *end != '\0' || !(value >= double(least) && value <= double(most)) ||
+      value != std::floor(value))
     throw UsageError(concat(command, ": --", flag, " is '", text,
                             "', expected a whole number from ", least, " to ", most));
   return int64_t(value);

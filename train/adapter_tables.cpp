@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
+#include <memory>
 
+#include "models/fingerprint.h"
 #include "models/weights.h"
 
 namespace graft {
@@ -16,25 +18,53 @@ void check_adapter_output(const std::string& command, const std::string& directo
         " holds files already; choose another output directory");
 }
 
+void fill_directory(const std::string& directory, const std::function<void()>& write) {
+  const bool was_there = std::filesystem::exists(directory);
+  try {
+    write();
+  } catch (...) {
+    std::error_code error;
+    if (!was_there) std::filesystem::remove_all(directory, error);
+    throw;
+  }
+}
+
 BaseOfAdapters::BaseOfAdapters(const std::string& model,
                                const std::vector<WeightedAdapter>& adapters,
-                               const AdapterChecks& checks) {
-  const bool needed = std::any_of(adapters.begin(), adapters.end(),
-                                  [](const auto& adapter) { return has_dora(adapter.file); });
-  if (!needed) return;
-  std::string name = model;
-  if (name.empty()) name = adapters.at(0).file.config.base_model_name_or_path;
-  CHECK(!name.empty(), adapters.at(0).file.directory,
-        ": is a DoRA adapter, which needs its base; give it with --model");
-  model_ = load_model(resolve_model(name));
-  for (const WeightedAdapter& adapter : adapters)
-    if (!checks.allow_other_base)
-      check_same_base(adapter.file.base, model_->fingerprint, adapter.file.directory);
+                               const AdapterChecks& checks)
+    : adapters_(adapters) {
+  const std::string& named = adapters.at(0).file.config.base_model_name_or_path;
+  try {
+    if (!model.empty() || !named.empty()) directory_ = resolve_model(model.empty() ? named : model);
+  } catch (const Error&) {
+    if (!model.empty()) throw;
+  }
+  if (directory_.empty()) return;
+  const ModelConfig config = ModelConfig::load(directory_);
+  const BaseFingerprint fingerprint = fingerprint_of(directory_);
+  for (const WeightedAdapter& adapter : adapters) {
+    const auto shapes = random_model(config, DType::F32, 0, 0.02, Device::Meta);
+    shapes->fingerprint = fingerprint;
+    attach_adapter(*shapes, adapter.file, checks);
+  }
+}
+
+void BaseOfAdapters::say_if_unchecked() const {
+  if (!directory_.empty()) return;
+  const std::string& named = adapters_[0].file.config.base_model_name_or_path;
+  std::fprintf(stderr,
+               "graft: the base%s is not on this machine: names, shapes and fingerprint were not "
+               "checked against it; give it with --model\n",
+               named.empty() ? "" : concat(" '", named, "'").c_str());
 }
 
 BaseWeight BaseOfAdapters::weights() const {
-  if (!model_) return {};
-  return [model = model_](const std::string& name) {
+  const auto dora = std::find_if(adapters_.begin(), adapters_.end(),
+                                 [](const auto& adapter) { return has_dora(adapter.file); });
+  if (dora == adapters_.end()) return {};
+  CHECK(!directory_.empty(), dora->file.directory,
+        ": is a DoRA adapter, which needs its base; give it with --model");
+  return [model = std::shared_ptr<Decoder>(load_model(directory_))](const std::string& name) {
     for (const NamedLinear& layer : adaptable_layers(*model))
       if (layer.name == name) return layer.linear->weight.value();
     fail("'", name, "' has no place in the base; is it the base of the adapter?");

@@ -25,8 +25,9 @@ cxxopts::Options describe() {
   options.add_options()("method", "cat (default) or svd", value<std::string>(), "METHOD");
   options.add_options()("rank", "svd: of the result; default: the largest of the adapters'",
                         value<std::string>(), "N");
-  options.add_options()("model", "the base, for DoRA adapters; default: the first adapter's",
-                        value<std::string>(), "DIR");
+  options.add_options()(
+      "model", "the base, which the adapters are checked against; default: the first adapter's",
+      value<std::string>(), "DIR");
   options.add_options()("h,help", "print this");
   return options;
 }
@@ -57,18 +58,15 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& choi
   if (args.count("rank"))
     rank = whole_flag("combine", "rank", args["rank"].as<std::string>(), 1, INT32_MAX);
 
-  Combined combined;
-  if (method == "cat") {
-    combined = combine_cat(adapters);
-  } else {
-    const BaseOfAdapters base(args.count("model") ? args["model"].as<std::string>() : "", adapters,
-                              checks);
-    combined = combine_svd(adapters, rank, base.weights());
-  }
-  write_adapter(combined.file, output);
+  const BaseOfAdapters base(args.count("model") ? args["model"].as<std::string>() : "", adapters,
+                            checks);
+  const Combined combined =
+      method == "cat" ? combine_cat(adapters) : combine_svd(adapters, rank, base.weights());
+  fill_directory(output, [&] { write_adapter(combined.file, output); });
   if (method == "svd") print_losses(combined.modules);
   std::printf("saved %s: %zu modules, r %lld%s\n", output.c_str(), combined.modules.size(),
               (long long)combined.file.config.r, method == "cat" ? ", exact" : "");
+  base.say_if_unchecked();
   return 0;
 }
 

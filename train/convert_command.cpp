@@ -53,7 +53,9 @@ ModelConfig base_config(const cxxopts::ParseResult& args, const AdapterFile& fil
 }
 
 // The adapter cut to a rank, or made LoRA, where that is asked for.
-AdapterFile reduced(AdapterFile file, const cxxopts::ParseResult& args, bool to_lora) {
+AdapterFile reduced(const std::vector<WeightedAdapter>& one, const BaseOfAdapters& base,
+                    const cxxopts::ParseResult& args, bool to_lora) {
+  const AdapterFile& file = one[0].file;
   const bool flatten = to_lora && has_dora(file);
   if (!args.count("rank") && !flatten) return file;
   int64_t rank = file.config.r;
@@ -61,8 +63,6 @@ AdapterFile reduced(AdapterFile file, const cxxopts::ParseResult& args, bool to_
     rank = whole_flag("convert", "rank", args["rank"].as<std::string>(), 1, INT32_MAX);
   CHECK(flatten || !has_dora(file), "convert: ", file.directory,
         " is a DoRA adapter, whose rank is reduced as LoRA alone; take --to lora");
-  const std::vector<WeightedAdapter> one = {{std::move(file), 1}};
-  const BaseOfAdapters base(base_name(args, one[0].file), one, adapter_checks(args));
   Combined combined = combine_svd(one, rank, base.weights());
   print_losses(combined.modules);
   return std::move(combined.file);
@@ -93,17 +93,23 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& choi
   if (!adapter_checks(args).allow_empty) check_not_empty(file);
   if (args.count("model") && is_mlx_adapter(from))
     file.config.base_model_name_or_path = args["model"].as<std::string>();
-  file = reduced(std::move(file), args, to == "lora");
+  const std::vector<WeightedAdapter> one = {{std::move(file), 1}};
+  const BaseOfAdapters base(args.count("model") ? args["model"].as<std::string>() : "", one,
+                            adapter_checks(args));
+  file = reduced(one, base, args, to == "lora");
   if (to == "gguf")
     write_gguf_adapter(file, base_config(args, file, "GGUF names the architecture and its heads"),
                        output);
   else if (to == "mlx")
-    write_mlx_adapter(
-        file, base_config(args, file, "mlx-lm counts layers from the last").num_hidden_layers,
-        output);
+    fill_directory(output, [&] {
+      write_mlx_adapter(
+          file, base_config(args, file, "mlx-lm counts layers from the last").num_hidden_layers,
+          output);
+    });
   else
-    write_adapter(file, output);
+    fill_directory(output, [&] { write_adapter(file, output); });
   std::printf("saved %s: %zu modules\n", output.c_str(), file.modules.size());
+  base.say_if_unchecked();
   return 0;
 }
 

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstring>
 #include <cxxopts.hpp>
+#include <filesystem>
 #include <new>
 #include <string>
 
@@ -79,6 +80,8 @@ int run_and_report(int argc, char** argv) {
     return 1;
   } catch (const std::bad_alloc&) {
     return complain("out of memory; take a smaller model, batch or max_seq_length", 1);
+  } catch (const std::filesystem::filesystem_error& error) {
+    return complain(concat(error.path1().string(), ": ", error.code().message()), 1);
   } catch (const std::exception& error) {
     return complain(error.what(), 1);
   }

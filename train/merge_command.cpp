@@ -74,7 +74,8 @@ std::vector<std::vector<int32_t>> rows_of_text(const cxxopts::ParseResult& args,
   if (args.count("text")) {
     const std::string path = args["text"].as<std::string>();
     std::ifstream file(path, std::ios::binary);
-    CHECK(file, "merge: ", path, ": cannot be read; --text names a file");
+    CHECK(file && !std::filesystem::is_directory(path), "merge: ", path,
+          ": cannot be read; --text names a file");
     text.assign(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
   }
   const int64_t most =

@@ -256,14 +256,20 @@ Row lora_row(std::string name, Form form, std::string expected, std::string help
       {std::move(name), "", Group::Lora, form, true, std::move(expected), std::move(help), {}, {}}};
 }
 
-// A list of names, or one regular expression (or all-linear) as a plain scalar, as PEFT has it.
+// A list of names, or one regular expression (or all-linear, which nothing may exclude) as a plain
+// scalar, as PEFT has it.
 Row module_names(std::string name, std::vector<std::string> LoraConfig::*names,
                  bool LoraConfig::*is_regex, std::string help) {
-  Row made =
-      text_list(Group::Lora, std::move(name), at(names),
-                "a list of module names, a regular expression or all-linear", std::move(help));
-  made.key.read = [names, is_regex](TrainOptions& o, const YAML::Node& node) {
-    if (!read_list(o.lora.*names, node, read_text)) return false;
+  const bool all_linear = name == "target_modules";
+  Row made = text_list(Group::Lora, std::move(name), at(names),
+                       all_linear ? "a list of module names, a regular expression or all-linear"
+                                  : "a list of module names or a regular expression",
+                       std::move(help));
+  made.key.read = [names, is_regex, all_linear](TrainOptions& o, const YAML::Node& node) {
+    std::vector<std::string> found;
+    if (!read_list(found, node, read_text)) return false;
+    if (!all_linear && node.IsScalar() && node.Scalar() == "all-linear") return false;
+    o.lora.*names = std::move(found);
     o.lora.*is_regex = node.IsScalar() && node.Scalar() != "all-linear";
     return true;
   };
