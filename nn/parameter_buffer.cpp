@@ -37,10 +37,15 @@ ParameterBuffer::ParameterBuffer(std::vector<std::pair<std::string, Variable>> l
                                  Device device, Scope scope, Moments moments) {
   const int64_t total = lay_out(leaves, moments);
   CHECK(total > 0, "parameter buffer: nothing to train");
-  if (device == Device::CPU)
-    check_memory(total * 4 * int64_t(sizeof(float)),
-                 concat("training ", total, " parameters (value, gradient, m and v of each)"),
-                 "train fewer: a smaller r, fewer target_modules, or method lora");
+  if (device == Device::CPU) {
+    const int64_t in_f32 = state_elements_[0], in_8_bits = state_elements_[1];
+    check_memory(8 * (total + in_f32) + 2 * (in_8_bits + 4 * num_blocks8(in_8_bits)),
+                 concat("training ", total, " parameters (value, gradient, m and v of each",
+                        in_8_bits > 0 ? ", these two in 8 bits)" : ")"),
+                 in_8_bits > 0 ? "train fewer: a smaller r, fewer target_modules, or method lora"
+                               : "train fewer (a smaller r, fewer target_modules, or method lora), "
+                                 "or take optim adamw_8bit");
+  }
   values_ = Tensor::zeros({total}, DType::F32, device, scope);
   gradients_ = Tensor::zeros({total}, DType::F32, device, Scope::Optimizer);
   const auto zeros = [&](int64_t elements, DType dtype) {
@@ -88,6 +93,11 @@ bool ParameterBuffer::has_rate_of_b(const std::string& name, const Variable& var
 }
 
 void ParameterBuffer::step(const AdamWStep& adamw, double max_grad_norm) {
+  update(adamw, max_grad_norm);
+  publish();
+}
+
+void ParameterBuffer::update(const AdamWStep& adamw, double max_grad_norm) {
   Backend& backend = backend_of(gradients_);
   Tensor squares = outcome_.slice_rows(1, 2);
   backend.sum_of_squares(squares, gradients_);
@@ -99,20 +109,24 @@ void ParameterBuffer::step(const AdamWStep& adamw, double max_grad_norm) {
             has_rate_of_b(a.name, a.variable) == has_rate_of_b(b.name, b.variable)) &&
            (adamw.weight_decay == 0 || has_weight_decay(a.name) == has_weight_decay(b.name));
   };
-  for (size_t first = 0, last; first < entries_.size(); first = last) {
-    last = first + 1;
-    while (last < entries_.size() && alike(entries_[first], entries_[last])) ++last;
-    AdamWStep run = adamw;
-    const Entry& entry = entries_[first];
-    if (!has_weight_decay(entry.name)) run.weight_decay = 0;
-    run.for_b = adamw.lr_ratio != 1 && has_rate_of_b(entry.name, entry.variable);
-    update(first, last, run);
-  }
-  publish();
+  const auto update_all = [&](bool in_8_bits) {
+    for (size_t first = 0, last; first < entries_.size(); first = last) {
+      last = first + 1;
+      while (last < entries_.size() && alike(entries_[first], entries_[last])) ++last;
+      AdamWStep run = adamw;
+      const Entry& entry = entries_[first];
+      if (entry.in_8_bits != in_8_bits) continue;
+      if (!has_weight_decay(entry.name)) run.weight_decay = 0;
+      run.for_b = adamw.lr_ratio != 1 && has_rate_of_b(entry.name, entry.variable);
+      update_entries(first, last, run);
+    }
+  };
+  update_all(true);  // first: its first kernel asks for memory, for the table of codes
+  update_all(false);
 }
 
 // Entries [first, last), which are of one kind.
-void ParameterBuffer::update(size_t first, size_t last, const AdamWStep& adamw) {
+void ParameterBuffer::update_entries(size_t first, size_t last, const AdamWStep& adamw) {
   const Entry& entry = entries_[first];
   const int64_t begin = entry.offset;
   const int64_t end = last < entries_.size() ? entries_[last].offset : num_elements();

@@ -43,7 +43,8 @@ class ParameterBuffer {
   // changes where the loss or the norm is not finite. Weight decay spares parameters with "bias" or
   // "norm" in their name, as the transformers Trainer does. With LoRA+ (adamw.lr_ratio) B and the
   // vectors, such as DoRA's m, have the rate of B, as PEFT's create_loraplus_optimizer has it.
-  void step(const AdamWStep& adamw, double max_grad_norm);
+  void step(const AdamWStep& adamw, double max_grad_norm);  // update(), publish()
+  void update(const AdamWStep& adamw, double max_grad_norm);
   struct Outcome {
     double loss;       // the sum of what add_loss got
     double grad_norm;  // L2 over all gradients, before clipping
@@ -63,7 +64,7 @@ class ParameterBuffer {
 
  private:
   int64_t lay_out(std::vector<std::pair<std::string, Variable>>& leaves, Moments moments);
-  void update(size_t first, size_t last, const AdamWStep& adamw);
+  void update_entries(size_t first, size_t last, const AdamWStep& adamw);
 
   std::vector<Entry> entries_;
   Tensor values_, gradients_;

@@ -9,6 +9,7 @@
 
 #include "nn/parameter_buffer.h"
 #include "tensor/blockwise8.h"
+#include "tensor/system_memory.h"
 #include "tensor/thread_pool.h"
 #include "tests/nf4_values.h"
 #include "tests/op_cases.h"
@@ -103,6 +104,28 @@ TEST(AdamW8bit, CarriesOnFromItsState) {
     one->buffer->step({1e-2, 0.9, 0.99, 1e-8, 0.1, 4}, 0);
   }
   for (const auto& [name, tensor] : part.state) expect_same_bytes(tensor, again.state[name], name);
+}
+
+// F32 is 16 bytes a parameter; 8 bits 10, and two scales for 256. The leaf is never touched.
+TEST(AdamW8bit, AsksForTheMemoryThatItTakes) {
+  const int64_t n = bytes_available() / 8 / kBlock8 * kBlock8;
+  const std::vector<std::pair<std::string, Variable>> leaf{
+      {"w", Variable(Tensor::empty({n}, DType::F32), true)}};
+  const auto refusal = [&](ParameterBuffer::Moments moments) -> std::string {
+    try {
+      ParameterBuffer(leaf, Device::CPU, Scope::Adapters, moments);
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "taken";
+  };
+  for (const auto& [moments, bytes] :
+       {std::pair{ParameterBuffer::Moments::F32, 16 * n},
+        {ParameterBuffer::Moments::Bits8, 10 * n + n / kBlock8 * 8}}) {
+    const std::string expected = concat("it takes ", bytes >> 20, " MiB");
+    EXPECT_NE(refusal(moments).find(expected), std::string::npos)
+        << refusal(moments) << ", expected " << expected;
+  }
 }
 
 // Step by step from one state: a code that is the other of two neighbours moves the next step.

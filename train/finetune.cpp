@@ -42,6 +42,7 @@ class Run {
   StepOutcome train_step(int64_t step);
   void compute_step(const StepInputs& inputs, const AdamWStep& adamw);
   bool eval_due(int64_t step) const;
+  std::vector<double> eval_losses(const std::vector<int64_t>& rows);
   void evaluate(int64_t step);
   void log_step(int64_t step, const StepOutcome& outcome);
   void begin_output();
@@ -184,10 +185,14 @@ StepOutcome Run::train_step(int64_t step) {
                         .weight_decay = options_.weight_decay,
                         .step = step,
                         .lr_ratio = options_.loraplus_lr_ratio};
-  if (graphs_)
-    graphs_->run(inputs, adamw, [&](const StepInputs& here) { compute_step(here, adamw); });
-  else
+  if (graphs_) {
+    graphs_->run(inputs, adamw,
+                 {.step = [&](const StepInputs& here) { compute_step(here, adamw); },
+                  .publish = [&] { parameters_.publish(); }});
+  } else {
     compute_step(to_device(inputs, model_->device()), adamw);
+    parameters_.publish();
+  }
 
   const auto [loss, grad_norm] = parameters_.outcome();
   CHECK(std::isfinite(loss) && std::isfinite(grad_norm), "training: step ", step, " gave loss ",
@@ -199,7 +204,7 @@ StepOutcome Run::train_step(int64_t step) {
 }
 
 // Forward and backward of every micro-batch, weighted by token over all of them, then clipping and
-// AdamW, which does nothing where loss or gradient are not finite.
+// AdamW, which does nothing where loss or gradient are not finite. publish() has to follow.
 void Run::compute_step(const StepInputs& inputs, const AdamWStep& adamw) {
   ForwardContext context;
   context.training = true;
@@ -213,7 +218,7 @@ void Run::compute_step(const StepInputs& inputs, const AdamWStep& adamw) {
     backward(loss);
     context.dropout.first_row += batch.num_tokens();
   }
-  parameters_.step(adamw, options_.max_grad_norm);
+  parameters_.update(adamw, options_.max_grad_norm);
 }
 
 // Before the first and after the last step, and every eval_steps.
@@ -222,23 +227,30 @@ bool Run::eval_due(int64_t step) const {
          (options_.eval_steps > 0 && step % options_.eval_steps == 0);
 }
 
+// Of each token, 0 where it has no label.
+std::vector<double> Run::eval_losses(const std::vector<int64_t>& rows) {
+  const NoRecord no_record;
+  const StepInputs inputs =
+      to_device(step_inputs(data_.eval, {rows}, model_->config().vocab_size), model_->device());
+  Tensor losses;
+  model_->loss(inputs.batches[0], ForwardContext{}, 1.0, false, &losses);
+  return losses.to_doubles();
+}
+
 // eval_loss: the sum over all labelled tokens, divided by their number. No dropout.
 void Run::evaluate(int64_t step) {
   const int64_t rows = int64_t(data_.eval.rows.size());
   if (rows == 0) return;
-  const NoRecord no_record;
-  const SetPooled pooled(allocator_of(model_->device()), graphs_ != nullptr);  // no second copy
   double sum = 0;
   for (int64_t begin = 0; begin < rows; begin += options_.per_device_train_batch_size) {
     if (interrupted()) return;
     std::vector<int64_t> batch_rows;
     for (int64_t i = begin; i < std::min(begin + options_.per_device_train_batch_size, rows); ++i)
       batch_rows.push_back(i);
-    const StepInputs inputs = to_device(
-        step_inputs(data_.eval, {batch_rows}, model_->config().vocab_size), model_->device());
-    Tensor token_losses;
-    model_->loss(inputs.batches[0], ForwardContext{}, 1.0, false, &token_losses);
-    for (double loss : token_losses.to_doubles()) sum += loss;
+    std::vector<double> losses;
+    const auto compute = [&] { losses = eval_losses(batch_rows); };
+    graphs_ ? graphs_->run_beside(compute) : compute();
+    for (double loss : losses) sum += loss;
   }
   const double eval_loss = sum / double(data_.eval.num_label_tokens());
   if (!state_.first_eval_loss) state_.first_eval_loss = eval_loss;

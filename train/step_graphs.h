@@ -16,9 +16,12 @@ namespace graft {
 
 class StepGraphs {
  public:
-  // The whole of a step, from zeroing the gradients to AdamW: it reads the inputs given, and
-  // leaves no tensor behind.
-  using Work = std::function<void(const StepInputs&)>;
+  struct Work {
+    // From zeroing the gradients to AdamW: it reads the inputs given, leaves no tensor behind, and
+    // asks for no memory once a value has changed, so that it can begin anew where there is none.
+    std::function<void(const StepInputs&)> step;
+    std::function<void()> publish;  // what follows from the new values; twice is as good as once
+  };
 
   StepGraphs();
   ~StepGraphs();
@@ -30,6 +33,9 @@ class StepGraphs {
   // a signature is not captured: most signatures of ragged rows come once, and what a library does
   // at its first call it must not do in a capture.
   void run(const StepInputs& inputs, const AdamWStep& adamw, const Work& work);
+  // Does work that no graph has, such as an evaluation, in the blocks of the steps; it leaves no
+  // tensor behind either, and is done again where it found no memory but what graphs kept.
+  void run_beside(const std::function<void()>& work);
 
   struct Counts {
     int64_t plain = 0, captured = 0, replayed = 0;  // steps; the captured ones were not replays
@@ -42,8 +48,8 @@ class StepGraphs {
     StepInputs inputs;  // on the GPU; the graph reads them there
     std::unique_ptr<CapturedStep> step;
   };
-  void run_now(const StepInputs& inputs, const AdamWStep& adamw, const Work& work);
-  void run_plainly(const StepInputs& inputs, const Work& work);
+  void run_now(const StepInputs& inputs, const AdamWStep& adamw, const Work& work, bool& moved);
+  void run_plainly(const StepInputs& inputs, const Work& work, bool& moved);
   void capture(const StepInputs& inputs, std::vector<int32_t> signature, const Work& work);
   void forget();
 

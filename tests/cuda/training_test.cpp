@@ -362,13 +362,19 @@ class CudaStepGraphs : public CudaTraining {
   void run(int tokens) {
     Dataset data = rows({tokens});
     data.rows[0].ids[0] = int32_t(++step_);
-    graphs_.run(step_inputs(data, {{0}}, 96), {1e-3, 0.9, 0.999, 1e-8, 0, step_},
-                [&](const StepInputs& here) {
-                  Tensor bytes = Tensor::empty({here.num_tokens << 20}, DType::U8, Device::CUDA);
-                  backend_of(bytes).fill(bytes, 0);
-                  backend_of(first_id_).copy(first_id_, here.batches[0].input_ids.slice_rows(0, 1));
-                  if (also_) also_(bytes);
-                });
+    graphs_.run(
+        step_inputs(data, {{0}}, 96), {1e-3, 0.9, 0.999, 1e-8, 0, step_},
+        {.step =
+             [&](const StepInputs& here) {
+               Tensor bytes = Tensor::empty({here.num_tokens << 20}, DType::U8, Device::CUDA);
+               backend_of(bytes).fill(bytes, 0);
+               backend_of(first_id_).copy(first_id_, here.batches[0].input_ids.slice_rows(0, 1));
+               if (also_) also_(bytes);
+             },
+         .publish =
+             [&] {
+               if (publish_) publish_();
+             }});
     EXPECT_EQ(first_id_.item(), step_);  // this step's inputs, also in a replay
   }
   void expect_counts(int64_t plain, int64_t captured, int64_t replayed) const {
@@ -386,6 +392,7 @@ class CudaStepGraphs : public CudaTraining {
   StepGraphs graphs_;
   Tensor first_id_, kept_;
   std::function<void(Tensor&)> also_;
+  std::function<void()> publish_;
   int64_t step_ = 0;
 };
 
@@ -414,6 +421,42 @@ TEST_F(CudaStepGraphs, MakeRoomForAStepThatNeedsIt) {
   run(7);
   expect_counts(3, 2, 1);
   EXPECT_THROW(run(20), OutOfMemory);
+}
+
+TEST_F(CudaStepGraphs, MakeRoomForAnEvaluation) {
+  const Environment limit("EMU_MEMORY_MB", std::to_string(CudaMemory::used_mib() + 12));
+  for (int i = 0; i < 3; ++i) run(7);
+  double sum = -1;
+  const auto evaluate = [&](int64_t mib) {
+    Tensor values = Tensor::empty({mib << 18}, DType::F32, Device::CUDA);
+    backend_of(values).fill(values, 3);
+    sum = values.slice_rows(0, 1).item();
+  };
+  graphs_.run_beside([&] { evaluate(9); });
+  EXPECT_EQ(sum, 3);
+  EXPECT_THROW(graphs_.run_beside([&] { evaluate(20); }), OutOfMemory);
+  for (int i = 0; i < 2; ++i) run(7);  // the graph was given up
+  expect_counts(1, 2, 2);
+}
+
+// AdamW has moved the values when what follows from them (DoRA's norms) finds no memory: a second
+// AdamW would be a wrong step, and nobody would see it.
+TEST_F(CudaStepGraphs, DoNotRepeatAStepWhoseValuesHaveMoved) {
+  Tensor value = Tensor::zeros({1}, DType::F64, Device::CUDA);
+  const Tensor one = Tensor::from_floats({1}, {1}, DType::F32).to(Device::CUDA);
+  int published = 0;
+  also_ = [&](Tensor&) { backend_of(value).add_sum(value, one, 1); };
+  publish_ = [&] {
+    if (++published == 1) throw OutOfMemory("none is left");
+  };
+  run(4);
+  EXPECT_EQ(value.item(), 1);
+  EXPECT_EQ(published, 2);
+  published = 0;  // in a capture nothing has been done yet
+  run(4);
+  EXPECT_EQ(value.item(), 2);
+  EXPECT_EQ(published, 2);
+  expect_counts(2, 0, 0);
 }
 
 TEST_F(CudaStepGraphs, RefuseAStepThatLeavesSomethingInThePool) {
