@@ -49,7 +49,7 @@ std::string why_not() {
 #if !defined(CUDA_EMU)
     int driver = 0;
     if (cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0)
-      return "no NVIDIA driver on this machine";
+      return "there is no NVIDIA driver on this machine";
 #endif
     return error == cudaSuccess ? "no GPU on this machine"
                                 : concat("no usable GPU: ", cudaGetErrorString(error));

@@ -125,6 +125,9 @@ void check_arguments(int rung, const Tensor& c, const Tensor& a, const Tensor& b
         dtype_name(a.dtype()), ", wanted BF16");
   CHECK(a.num_rows() <= INT32_MAX && b.num_rows() <= INT32_MAX && a.cols() <= INT32_MAX,
         "gemm_by_hand: a ", a.shape(), ", b ", b.shape(), ", wanted sizes below 2^31");
+  // 65,535 blocks in the grid's second dimension, of rung 1's rows.
+  CHECK(rung == kGemmRungs || a.num_rows() <= 65535 * kNaiveRows, "gemm_by_hand: variant ", rung,
+        " of ", a.num_rows(), " rows, wanted at most ", 65535 * kNaiveRows);
   const int width = a.dtype() == DType::BF16 ? 8 : 4;
   CHECK(rung <= 2 || vector_rows(width, a, b), "gemm_by_hand: K is ", a.cols(), " and rows are ",
         a.row_stride(), " and ", b.row_stride(), " elements apart, wanted multiples of ", width,

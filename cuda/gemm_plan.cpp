@@ -127,7 +127,12 @@ void GemmPlans::choose(Plan& plan, const GemmKey& key, const Operands& operands)
     plan.chosen = *kept;
   } else if (tune_ && !capturing()) {  // events cannot be read while work is recorded
     double microseconds = 0;
-    const int best = fastest(plan, key, operands, &microseconds);
+    int best = 0;
+    try {
+      best = fastest(plan, key, operands, &microseconds);
+    } catch (const OutOfMemory&) {
+      // No room for a second result to time with: the first, also when the plan is replayed.
+    }
     if (best < 0) return;
     plan.chosen = best;
     file_->add(name, {best, microseconds});

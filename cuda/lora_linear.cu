@@ -156,6 +156,9 @@ void check_arguments(int rung, const Tensor& y, const Tensor& x, const Tensor& w
     CHECK(t->num_rows() <= INT32_MAX && t->cols() <= INT32_MAX, "lora_linear: ", t->shape(),
           ", wanted sizes below 2^31");
   }
+  // 65,535 blocks in the grid's second dimension, of lora_1_up's 8 rows.
+  CHECK(rung == kLoraRungs || y.num_rows() <= 65535 * 8, "lora_linear: variant ", rung, " of ",
+        y.num_rows(), " rows, wanted at most ", 65535 * 8);
   CHECK(vector_rows(8, x, weight, lora_a), "lora_linear: K is ", x.cols(),
         ", wanted K, row strides and addresses of x, weight and lora_a in 16 bytes");
   CHECK(rung <= 2 || vector_rows(8, lora_b), "lora_linear: r is ", lora_b.cols(),

@@ -76,7 +76,8 @@ void Engine::run_threads(Fiber& fiber) {
       body_(context_);
       // PTX does not say what becomes of copies under way when their thread ends.
       if (!current_->copies.empty())
-        abort_launch("a thread ends without the wait for its cp.async copies");
+        abort_launch("a thread ends without the wait for its cp.async copy at " +
+                     place_in_kernel({current_->copies[0].issued}, kernel_));
     } catch (const LaneAborted&) {
     }
     end_thread();
@@ -276,7 +277,7 @@ void Engine::note(const std::string& message, bool place) {
     std::string at = place_in_kernel(std::vector<void*>(pcs, pcs + n), kernel_);
     // A thread that has left the kernel ends the others' wait, and finds their fault.
     if (at.empty() && combining_.line) at = describe(combining_);
-    line += ", at " + at;
+    if (!at.empty()) line += ", at " + at;
   }
   if (failure.empty()) failure = line;
   line = "emulator: " + line + "\n";

@@ -30,6 +30,7 @@ struct AsyncCopy {
   const char* from;
   int bytes, valid;
   unsigned group;
+  void* issued;  // return address
 };
 
 // A stack on which CUDA threads run, one after another: a thread that ends hands its stack to the

@@ -131,7 +131,7 @@ void cp_async(void* shared, const void* global, int bytes, int valid) {
   touch(shared, static_cast<size_t>(bytes), Access::kPending);
   std::memset(shared, 0xff, static_cast<size_t>(bytes));
   lane.copies.push_back({static_cast<char*>(shared), static_cast<const char*>(global), bytes, valid,
-                         lane.copy_group});
+                         lane.copy_group, __builtin_return_address(0)});
 }
 void cp_async_commit() { ++engine().self().copy_group; }
 void cp_async_wait(unsigned pending_groups) {

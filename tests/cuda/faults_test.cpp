@@ -109,7 +109,8 @@ TEST(Faults, DivergenceIsReported) {
 
 TEST(Faults, CopiesUnderWayAtTheEndAreReported) {
   for (emu::Order order : kOrders)
-    expect_named(Fault::kUnusedAsyncCopy, order, {"a thread ends without the wait"});
+    expect_named(Fault::kUnusedAsyncCopy, order,
+                 {"a thread ends without the wait for its cp.async copy at ", line_of("unused")});
 }
 
 // One schedule is enough for the race checker, whatever the order.

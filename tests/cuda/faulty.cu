@@ -63,7 +63,7 @@ __global__ void faulty_kernel(const float* in, float* out) {  // @kernel
   }
   if constexpr (kFault == Fault::kUnusedAsyncCopy) {
     SHARED_ARRAY(float, unused, kThreads);
-    if (thread % 4 == 0) ptx::cp_async16(unused + thread, in + i, true);
+    if (thread % 4 == 0) ptx::cp_async16(unused + thread, in + i, true);  // @unused
     ptx::cp_async_commit();
   }
 }
