@@ -151,34 +151,71 @@ TEST_P(PeftTrajectory, GivesPeftsLossesAndFinalAdapterInF32) {
   RecordProperty("max_abs", std::to_string(d.max_abs));
 }
 
-// How far PEFT itself is off in BF16 is in the golden file: graft may be 1.2 times as far.
-TEST_P(PeftTrajectory, InBf16IsAsNearToF32AsPeft) {
-  const auto g = golden(GetParam());
-  TrainOptions o = options(g);
-  o.adapter = std::string(kGolden) + GetParam() + "/start";
-  o.dtype = DType::BF16;
-  const TrainResult result = run(o, rows(g), "bf16");
-  const Distance d =
-      distance(folder_ / "bf16/adapter_model.safetensors",
-               std::string(kGolden) + GetParam() + "/final/adapter_model.safetensors");
-  EXPECT_LE(d.relative_l2, 1.2 * g["bf16_distance"]["final"]["relative_l2"].get<double>());
-  EXPECT_GT(d.relative_l2, 0);
-  RecordProperty(
-      "share_of_pefts_distance",
-      std::to_string(d.relative_l2 / g["bf16_distance"]["final"]["relative_l2"].get<double>()));
-  EXPECT_LE(relative_l2(result.losses, g["losses"]),
-            1.2 * g["bf16_distance"]["losses"]["relative_l2"].get<double>());
-}
-
-INSTANTIATE_TEST_SUITE_P(Golden, PeftTrajectory,
-                         testing::Values("llama_gqa", "qwen2_tied", "qwen3_tied", "patterns",
-                                         "layers_to_transform", "loraplus", "head", "embedding",
-                                         "embedding_and_head", "tokens", "tokens_tied",
-                                         "dora_llama_gqa", "dora_qwen2_rslora", "dora_patterns",
-                                         "dora_loraplus", "bias_lora_only", "bias_all", "bias_dora",
-                                         "whole_head", "whole_both", "whole_head_of_tied",
-                                         "whole_norms"),
+constexpr const char* kPeftCases[] = {"llama_gqa",
+                                      "qwen2_tied",
+                                      "qwen3_tied",
+                                      "patterns",
+                                      "layers_to_transform",
+                                      "loraplus",
+                                      "head",
+                                      "embedding",
+                                      "embedding_and_head",
+                                      "tokens",
+                                      "tokens_tied",
+                                      "dora_llama_gqa",
+                                      "dora_qwen2_rslora",
+                                      "dora_patterns",
+                                      "dora_loraplus",
+                                      "bias_lora_only",
+                                      "bias_all",
+                                      "bias_dora",
+                                      "whole_head",
+                                      "whole_both",
+                                      "whole_head_of_tied",
+                                      "whole_norms"};
+INSTANTIATE_TEST_SUITE_P(Golden, PeftTrajectory, testing::ValuesIn(kPeftCases),
                          [](const auto& info) { return std::string(info.param); });
+
+// How far graft and PEFT are from the run in F32, in BF16 (PEFT's distance is in the golden file).
+// A few numbers whose gradient is nearly zero make most of it: rounding turns their sign, and Adam
+// steps the other way. So one run says little, and PEFT row by row stands at up to 1.3 of itself in
+// batches: no run may be twice as far, and together they may be as far (the few of PiSSA 1.2
+// times).
+class Bf16Shares {
+ public:
+  void add(double ours, const nlohmann::json& theirs) {
+    const double share = ours / theirs["relative_l2"].get<double>();
+    EXPECT_GT(share, 0);
+    EXPECT_LE(share, 2);
+    sum_ += std::log(share);
+    ++count_;
+  }
+  double geometric_mean() const { return std::exp(sum_ / count_); }
+
+ private:
+  double sum_ = 0;
+  int count_ = 0;
+};
+
+TEST_F(Trajectory, InBf16IsAsNearToF32AsPeft) {
+  Bf16Shares tensors, losses;
+  for (const char* name : kPeftCases) {
+    SCOPED_TRACE(name);
+    const auto g = golden(name);
+    TrainOptions o = options(g);
+    o.adapter = std::string(kGolden) + name + "/start";
+    o.dtype = DType::BF16;
+    const TrainResult result = run(o, rows(g), "bf16");
+    const Distance d = distance(folder_ / "bf16/adapter_model.safetensors",
+                                std::string(kGolden) + name + "/final/adapter_model.safetensors");
+    tensors.add(d.relative_l2, g["bf16_distance"]["final"]);
+    losses.add(relative_l2(result.losses, g["losses"]), g["bf16_distance"]["losses"]);
+  }
+  EXPECT_LE(tensors.geometric_mean(), 1);
+  EXPECT_LE(losses.geometric_mean(), 1);
+  RecordProperty("tensors", std::to_string(tensors.geometric_mean()));
+  RecordProperty("losses", std::to_string(losses.geometric_mean()));
+}
 
 // Twenty steps of PEFT's DoRA under our masks: there the base product under m / norm sees the
 // masked input too.
@@ -206,7 +243,7 @@ TEST_F(Trajectory, TrainingAllWeightsGivesTorchsLossesAndWeights) {
 // PiSSA and OLoRA begin at the weights, so there is no adapter to start from; "lora" of the golden
 // file has PEFT's keys.
 class ResidualTrajectory : public PeftTrajectory {
- protected:
+ public:
   static TrainOptions options(const nlohmann::json& golden) {
     TrainOptions o = Trajectory::options(golden);
     const auto& lora = golden["lora"];
@@ -288,19 +325,24 @@ TEST_F(Trajectory, OloraBeginsWithPeftsAAndB) {
   }
 }
 
-TEST_P(ResidualTrajectory, InBf16IsAsNearToF32AsPeft) {
-  const auto g = golden(GetParam());
-  TrainOptions o = options(g);
-  o.dtype = DType::BF16;
-  const TrainResult result = run(o, rows(g), "bf16");
-  EXPECT_LE(relative_l2(result.losses, g["losses"]),
-            1.2 * g["bf16_distance"]["losses"]["relative_l2"].get<double>());
-}
-
-INSTANTIATE_TEST_SUITE_P(Golden, ResidualTrajectory,
-                         testing::Values("pissa_llama_gqa", "pissa_rslora", "pissa_patterns",
-                                         "olora_qwen3_tied", "pissa_dora"),
+constexpr const char* kResidualCases[] = {"pissa_llama_gqa", "pissa_rslora", "pissa_patterns",
+                                          "olora_qwen3_tied", "pissa_dora"};
+INSTANTIATE_TEST_SUITE_P(Golden, ResidualTrajectory, testing::ValuesIn(kResidualCases),
                          [](const auto& info) { return std::string(info.param); });
+
+TEST_F(Trajectory, OfResidualsInBf16IsAsNearToF32AsPeft) {
+  Bf16Shares losses;
+  for (const char* name : kResidualCases) {
+    SCOPED_TRACE(name);
+    const auto g = golden(name);
+    TrainOptions o = ResidualTrajectory::options(g);
+    o.dtype = DType::BF16;
+    losses.add(relative_l2(run(o, rows(g), "bf16").losses, g["losses"]),
+               g["bf16_distance"]["losses"]);
+  }
+  EXPECT_LE(losses.geometric_mean(), 1.2);
+  RecordProperty("losses", std::to_string(losses.geometric_mean()));
+}
 
 // A fresh adapter with dropout, on rows of unequal length.
 TrainOptions dropout_options() {

@@ -31,7 +31,7 @@ CASES = {
     # Biases of the adapted layers, and all; whole modules, also where the base ties the two.
     "bias_lora_only": ("qwen2_tied", 210, {"bias": "lora_only", "target_modules": SOME}, {}),
     "bias_all": ("llama_bias", 211, {"bias": "all", "target_modules": SOME}, {}),
-    "bias_dora": ("llama_bias", 302, {"bias": "all", "use_dora": True, "target_modules": SOME}, {}),
+    "bias_dora": ("llama_bias", 216, {"bias": "all", "use_dora": True, "target_modules": SOME}, {}),
     "whole_head": ("llama_gqa", 212, {"modules_to_save": ["lm_head"], "target_modules": SOME}, {}),
     "whole_both": ("qwen2_untied", 213, {"modules_to_save": ["embed_tokens", "lm_head"],
                                          "target_modules": SOME}, {}),
