@@ -127,11 +127,11 @@ void GemmPlans::choose(Plan& plan, const GemmKey& key, const Operands& operands)
     plan.chosen = *kept;
   } else if (tune_ && !capturing()) {  // events cannot be read while work is recorded
     double microseconds = 0;
-    int best = 0;
+    int best = -1;
     try {
       best = fastest(plan, key, operands, &microseconds);
     } catch (const OutOfMemory&) {
-      // No room for a second result to time with: the first, also when the plan is replayed.
+      // No room for a second result to time with: the first, and nothing to keep.
     }
     if (best < 0) return;
     plan.chosen = best;

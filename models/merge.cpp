@@ -111,13 +111,12 @@ void add_distance(Distance& total, const Tensor& got, const Tensor& wanted) {
 Tensor merged_nf4(const Collect::One& one, DType dtype, Nf4Loss& loss) {
   Tensor wide = merged(one);
   if (is_nf4(wide.dtype())) wide = wide.to(DType::F32, Scope::Scratch);
+  check_range(one, wide, dtype);
   Tensor written = wide.to(dtype, Scope::Scratch);
   ++loss.weights;
   loss.bytes_before += one.weight.num_bytes();
   loss.bytes_after += written.num_bytes();
   add_distance(loss.rounded, written.to(DType::F32, Scope::Scratch), wide);
-  CHECK(std::isfinite(loss.rounded.squares), "merge: '", one.name, "' has values that ",
-        dtype_name(dtype), " cannot hold; take --dtype float32, or look at the adapters");
   const bool double_quant = one.weight.dtype() == DType::NF4;
   const Tensor quantised = nf4_quantise(written, double_quant, Scope::Scratch);
   add_distance(loss.quantised, quantised.to(DType::F32, Scope::Scratch), wide);

@@ -179,14 +179,14 @@ INSTANTIATE_TEST_SUITE_P(Golden, PeftTrajectory, testing::ValuesIn(kPeftCases),
 // How far graft and PEFT are from the run in F32, in BF16 (PEFT's distance is in the golden file).
 // A few numbers whose gradient is nearly zero make most of it: rounding turns their sign, and Adam
 // steps the other way. So one run says little, and PEFT row by row stands at up to 1.3 of itself in
-// batches: no run may be twice as far, and together they may be as far (the few of PiSSA 1.2
-// times).
+// batches: together they may be as far (the few of PiSSA 1.2 times), one run 1.2 times, and the two
+// that were seen beyond that, at these seeds and not at others, twice.
 class Bf16Shares {
  public:
-  void add(double ours, const nlohmann::json& theirs) {
+  void add(const std::string& name, double ours, const nlohmann::json& theirs) {
     const double share = ours / theirs["relative_l2"].get<double>();
     EXPECT_GT(share, 0);
-    EXPECT_LE(share, 2);
+    EXPECT_LE(share, name == "bias_dora" || name == "pissa_llama_gqa" ? 2 : 1.2);
     sum_ += std::log(share);
     ++count_;
   }
@@ -208,8 +208,8 @@ TEST_F(Trajectory, InBf16IsAsNearToF32AsPeft) {
     const TrainResult result = run(o, rows(g), "bf16");
     const Distance d = distance(folder_ / "bf16/adapter_model.safetensors",
                                 std::string(kGolden) + name + "/final/adapter_model.safetensors");
-    tensors.add(d.relative_l2, g["bf16_distance"]["final"]);
-    losses.add(relative_l2(result.losses, g["losses"]), g["bf16_distance"]["losses"]);
+    tensors.add(name, d.relative_l2, g["bf16_distance"]["final"]);
+    losses.add(name, relative_l2(result.losses, g["losses"]), g["bf16_distance"]["losses"]);
   }
   EXPECT_LE(tensors.geometric_mean(), 1);
   EXPECT_LE(losses.geometric_mean(), 1);
@@ -337,7 +337,7 @@ TEST_F(Trajectory, OfResidualsInBf16IsAsNearToF32AsPeft) {
     const auto g = golden(name);
     TrainOptions o = ResidualTrajectory::options(g);
     o.dtype = DType::BF16;
-    losses.add(relative_l2(run(o, rows(g), "bf16").losses, g["losses"]),
+    losses.add(name, relative_l2(run(o, rows(g), "bf16").losses, g["losses"]),
                g["bf16_distance"]["losses"]);
   }
   EXPECT_LE(losses.geometric_mean(), 1.2);

@@ -19,12 +19,16 @@ void check_adapter_output(const std::string& command, const std::string& directo
 }
 
 void fill_directory(const std::string& directory, const std::function<void()>& write) {
-  const bool was_there = std::filesystem::exists(directory);
+  namespace fs = std::filesystem;
+  fs::path topmost;  // of the directories that are not there yet
+  for (fs::path path = fs::absolute(directory).lexically_normal();
+       !fs::exists(fs::symlink_status(path)); path = path.parent_path())
+    topmost = path;
   try {
     write();
   } catch (...) {
     std::error_code error;
-    if (!was_there) std::filesystem::remove_all(directory, error);
+    if (!topmost.empty()) fs::remove_all(topmost, error);
     throw;
   }
 }
@@ -33,15 +37,29 @@ BaseOfAdapters::BaseOfAdapters(const std::string& model,
                                const std::vector<WeightedAdapter>& adapters,
                                const AdapterChecks& checks)
     : adapters_(adapters) {
-  const std::string& named = adapters.at(0).file.config.base_model_name_or_path;
+  const AdapterFile& first = adapters.at(0).file;
+  const std::string& named = first.config.base_model_name_or_path;
+  std::string directory;
+  ModelConfig config;
   try {
-    if (!model.empty() || !named.empty()) directory_ = resolve_model(model.empty() ? named : model);
-  } catch (const Error&) {
+    CHECK(!model.empty() || !named.empty(), first.directory, " names none");
+    directory = resolve_model(model.empty() ? named : model);
+    config = ModelConfig::load(directory);
+  } catch (const Error& error) {
     if (!model.empty()) throw;
+    unchecked_ = concat("names, shapes and fingerprint were not checked against the base (",
+                        error.what(), "); give it with --model");
+    return;
   }
-  if (directory_.empty()) return;
-  const ModelConfig config = ModelConfig::load(directory_);
-  const BaseFingerprint fingerprint = fingerprint_of(directory_);
+  directory_ = directory;
+  BaseFingerprint fingerprint;
+  if (!checks.allow_other_base) {
+    try {
+      fingerprint = fingerprint_of(directory);
+    } catch (const Error& error) {  // a config alone, as a cache may have it
+      unchecked_ = concat("the fingerprint was not checked against the base (", error.what(), ")");
+    }
+  }
   for (const WeightedAdapter& adapter : adapters) {
     const auto shapes = random_model(config, DType::F32, 0, 0.02, Device::Meta);
     shapes->fingerprint = fingerprint;
@@ -50,12 +68,7 @@ BaseOfAdapters::BaseOfAdapters(const std::string& model,
 }
 
 void BaseOfAdapters::say_if_unchecked() const {
-  if (!directory_.empty()) return;
-  const std::string& named = adapters_[0].file.config.base_model_name_or_path;
-  std::fprintf(stderr,
-               "graft: the base%s is not on this machine: names, shapes and fingerprint were not "
-               "checked against it; give it with --model\n",
-               named.empty() ? "" : concat(" '", named, "'").c_str());
+  if (!unchecked_.empty()) std::fprintf(stderr, "graft: %s\n", unchecked_.c_str());
 }
 
 BaseWeight BaseOfAdapters::weights() const {
@@ -63,7 +76,7 @@ BaseWeight BaseOfAdapters::weights() const {
                                  [](const auto& adapter) { return has_dora(adapter.file); });
   if (dora == adapters_.end()) return {};
   CHECK(!directory_.empty(), dora->file.directory,
-        ": is a DoRA adapter, which needs its base; give it with --model");
+        ": is a DoRA adapter, which needs its base: ", unchecked_);
   return [model = std::shared_ptr<Decoder>(load_model(directory_))](const std::string& name) {
     for (const NamedLinear& layer : adaptable_layers(*model))
       if (layer.name == name) return layer.linear->weight.value();

@@ -15,17 +15,18 @@ namespace graft {
 // Throws Error where `directory` holds files already.
 void check_adapter_output(const std::string& command, const std::string& directory);
 
-// Lets `write` fill the directory; if it fails, one that was not there before is gone again.
+// Lets `write` fill the directory; if it fails, what was not there before is gone again.
 void fill_directory(const std::string& directory, const std::function<void()>& write);
 
 // The base of adapters that are only rewritten. Every adapter is checked against it as load_adapter
 // does, by its config and fingerprint: no weight is loaded for that.
 class BaseOfAdapters {
  public:
-  // model: "" for the first adapter's base_model_name_or_path, which need not be on this machine.
+  // model: "" for the first adapter's base_model_name_or_path, which need not be on this machine,
+  // or be more than a config.
   BaseOfAdapters(const std::string& model, const std::vector<WeightedAdapter>& adapters,
                  const AdapterChecks& checks);
-  // One line on standard error where nothing could be checked; for the end of a command.
+  // One line on standard error where not everything could be checked; for the end of a command.
   void say_if_unchecked() const;
   // What DoRA needs: mapped, in the file's dtype. Empty where no adapter is DoRA; valid while the
   // adapters live.
@@ -34,6 +35,7 @@ class BaseOfAdapters {
  private:
   const std::vector<WeightedAdapter>& adapters_;
   std::string directory_;  // empty where it is not there
+  std::string unchecked_;
 };
 
 // A line per module, and one for all: rank, energy kept, error.

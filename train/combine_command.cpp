@@ -43,6 +43,7 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& choi
   if (method == "cat" && args.count("rank"))
     throw UsageError("combine: --rank is given with method cat, whose rank is the sum of all");
   const std::string output = args["output-dir"].as<std::string>();
+  if (output.empty()) throw UsageError("combine: --output-dir is empty");
   check_adapter_output("combine", output);
 
   const AdapterChecks checks = adapter_checks(args);

@@ -79,6 +79,7 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& choi
   if (to != "peft" && to != "lora" && to != "mlx" && to != "gguf")
     throw UsageError("convert: --to is '" + to + "', expected peft, lora, mlx or gguf");
   const std::string output = args["output"].as<std::string>(), &from = choices[0].directory;
+  if (output.empty()) throw UsageError("convert: --output is empty");
   if (to == "gguf")
     CHECK(!fs::exists(output), "convert: ", output, " is there already; choose another file");
   else

@@ -81,7 +81,9 @@ int run_and_report(int argc, char** argv) {
   } catch (const std::bad_alloc&) {
     return complain("out of memory; take a smaller model, batch or max_seq_length", 1);
   } catch (const std::filesystem::filesystem_error& error) {
-    return complain(concat(error.path1().string(), ": ", error.code().message()), 1);
+    return complain(concat(error.path1().string(), error.path2().empty() ? "" : " to ",
+                           error.path2().string(), ": ", error.code().message()),
+                    1);
   } catch (const std::exception& error) {
     return complain(error.what(), 1);
   }
