@@ -1,12 +1,12 @@
 #include "models/combine.h"
 
 #include <algorithm>
-#include <cmath>
 #include <map>
 
 #include "models/adapter_delta.h"
 #include "models/low_rank.h"
 #include "tensor/backend.h"
+#include "tensor/finite.h"
 
 namespace graft {
 namespace {
@@ -83,10 +83,8 @@ Combined begin_combined(const std::vector<WeightedAdapter>& adapters) {
 
 void end_combined(Combined& result, const std::vector<WeightedAdapter>& adapters) {
   for (const AdapterModule& module : result.file.modules)
-    for (const Tensor* factor : {&module.a, &module.b})
-      CHECK(std::all_of(factor->data<float>(), factor->data<float>() + factor->num_elements(),
-                        [](float x) { return std::isfinite(x); }),
-            "combine: '", module.name, "' is beyond what F32 can hold; take smaller weights");
+    CHECK(all_finite(module.a) && all_finite(module.b), "combine: '", module.name,
+          "' is beyond what F32 can hold; take smaller weights");
   bool same = true;
   for (const WeightedAdapter& adapter : adapters)
     same = same && same_targets(adapter.file.config, adapters[0].file.config);

@@ -10,6 +10,7 @@
 #include "autograd/tape.h"
 #include "models/json_file.h"
 #include "tensor/backend.h"
+#include "tensor/finite.h"
 
 namespace graft {
 namespace {
@@ -116,15 +117,6 @@ int32_t pick(const std::vector<float>& logits, const GenerationConfig& config, R
   return last;
 }
 
-// Weights out of range give NaN, of which any token might be called the best.
-void check_finite(const Tensor& logits) {
-  const Tensor row = logits.to(DType::F32).to(Device::CPU);
-  CHECK(std::all_of(row.data<float>(), row.data<float>() + row.num_elements(),
-                    [](float x) { return std::isfinite(x); }),
-        "generate: the model gives logits that are not finite; are its weights, or those of the "
-        "adapters (DIR:WEIGHT), out of range?");
-}
-
 // The next id from the logits (1, V) of the last token. A greedy choice is made where they are, and
 // one number comes to the host; else the row does.
 int32_t next_id(const Tensor& logits, const std::vector<int32_t>& all,
@@ -202,7 +194,10 @@ std::vector<int32_t> generate(Decoder& model, const std::vector<int32_t>& prompt
     const Tensor hidden = model.forward_cached(next, cache);
     const int64_t last = hidden.size(0) - 1;
     const Tensor logits = model.logits(hidden.slice_rows(last, last + 1));
-    if (made.empty()) check_finite(logits);
+    // Weights out of range give NaN, of which any token might be called the best.
+    CHECK(!made.empty() || all_finite(logits.to(Device::CPU)),
+          "generate: the model gives logits that are not finite; are its weights, or those of the "
+          "adapters (DIR:WEIGHT), out of range?");
     const int32_t id = next_id(logits, all, config, random);
     all.push_back(id);
     made.push_back(id);

@@ -1,7 +1,6 @@
 #include "models/merge.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <map>
@@ -13,6 +12,7 @@
 #include "models/model_files.h"
 #include "models/weights.h"
 #include "tensor/backend.h"
+#include "tensor/finite.h"
 #include "tensor/nf4.h"
 #include "tensor/thread_pool.h"
 
@@ -69,21 +69,13 @@ Tensor merged(const Collect::One& one) {
   return sum;
 }
 
-// Throws Error where a value of the weight becomes infinite in the file.
-void check_range(const Collect::One& one, const Tensor& sum, DType dtype) {
-  const Tensor wide = sum.to(DType::F32, Scope::Scratch);
-  // Half a step above the largest finite value rounding goes to infinity.
-  const double limit = dtype == DType::F16 ? 65520 : dtype == DType::BF16 ? 0x1.ffp127 : INFINITY;
-  const int64_t rows = wide.size(0), columns = wide.num_elements() / std::max<int64_t>(rows, 1);
-  std::atomic<bool> fits = true;
-  thread_pool().run(rows, [&](int64_t row, int) {
-    const float* values = wide.data<float>() + row * columns;
-    if (!std::all_of(values, values + columns, [&](float x) { return std::abs(x) < limit; }))
-      fits = false;
-  });
-  CHECK(fits, "merge: '", one.name, "' has values that ", dtype_name(dtype), " cannot hold; take ",
-        dtype == DType::F16 ? "--dtype float32 or bfloat16, or " : "",
+// Rounded to what the file will have.
+Tensor as_written(const Collect::One& one, const Tensor& sum, DType dtype) {
+  const Tensor written = sum.to(dtype, Scope::Scratch);
+  CHECK(all_finite(written), "merge: '", one.name, "' has values that ", dtype_name(dtype),
+        " cannot hold; take ", dtype == DType::F16 ? "--dtype float32 or bfloat16, or " : "",
         "smaller weights for the adapters");
+  return written;
 }
 
 // got and wanted (out, in), F32. By rows, so that the sums do not depend on the threads.
@@ -111,8 +103,7 @@ void add_distance(Distance& total, const Tensor& got, const Tensor& wanted) {
 Tensor merged_nf4(const Collect::One& one, DType dtype, Nf4Loss& loss) {
   Tensor wide = merged(one);
   if (is_nf4(wide.dtype())) wide = wide.to(DType::F32, Scope::Scratch);
-  check_range(one, wide, dtype);
-  Tensor written = wide.to(dtype, Scope::Scratch);
+  const Tensor written = as_written(one, wide, dtype);
   ++loss.weights;
   loss.bytes_before += one.weight.num_bytes();
   loss.bytes_after += written.num_bytes();
@@ -196,11 +187,8 @@ Nf4Loss write_merged(Decoder& base, const std::string& model_dir,
   std::vector<TensorToMake> tensors;
   for (const Collect::One& one : collect.all)
     tensors.push_back({one.name, one.weight.shape(), dtype, [&one, &loss, dtype] {
-                         if (is_nf4(one.weight.dtype())) return merged_nf4(one, dtype, loss);
-                         const Tensor sum = merged(one);
-                         const bool changed = !one.deltas.empty() || !one.tokens.empty();
-                         if (changed || dtype == DType::F16) check_range(one, sum, dtype);
-                         return sum;
+                         return is_nf4(one.weight.dtype()) ? merged_nf4(one, dtype, loss)
+                                                           : as_written(one, merged(one), dtype);
                        }});
   write_shards(folder, std::move(tensors));
   copy_model_files(model_dir, folder, dtype, tied);

@@ -3,6 +3,7 @@
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <vector>
 
 #include "tensor/check.h"
 #include "tensor/safetensors.h"
@@ -43,9 +44,13 @@ void copy_model_files(const std::string& model_dir, const std::string& folder, D
 
 DirectoryAside::DirectoryAside(const std::string& path) : path_(path) {
   while (path_.size() > 1 && path_.ends_with('/')) path_.pop_back();
-  aside_ = path_ + ".unfinished";
-  CHECK(!fs::exists(path_) || (fs::is_directory(path_) && fs::is_empty(path_)), path_,
+  was_there_ = fs::exists(path_);
+  CHECK(!was_there_ || (fs::is_directory(path_) && fs::is_empty(path_)), path_,
         ": is there already; choose another output directory");
+  aside_ = path_ + (was_there_ ? "/.unfinished" : ".unfinished");
+  for (fs::path parent = fs::absolute(path_).lexically_normal().parent_path(); !fs::exists(parent);
+       parent = parent.parent_path())
+    made_ = parent;
   std::error_code error;
   fs::remove_all(aside_, error);
   fs::create_directories(aside_, error);
@@ -54,14 +59,22 @@ DirectoryAside::DirectoryAside(const std::string& path) : path_(path) {
 
 DirectoryAside::~DirectoryAside() {
   std::error_code error;
-  if (!finished_) fs::remove_all(aside_, error);
+  if (!finished_) fs::remove_all(made_.empty() ? aside_ : made_, error);
 }
 
 void DirectoryAside::finish() {
   std::error_code error;
-  if (fs::exists(path_)) fs::remove(path_, error);  // an empty directory
-  fs::rename(aside_, path_, error);
-  CHECK(!error, path_, ": cannot be created: ", error.message());
+  if (was_there_) {
+    const std::vector<fs::path> files{fs::directory_iterator(aside_), fs::directory_iterator()};
+    for (const fs::path& file : files) {
+      fs::rename(file, fs::path(path_) / file.filename(), error);
+      CHECK(!error, path_, ": cannot be written: ", error.message());
+    }
+    fs::remove(aside_, error);
+  } else {
+    fs::rename(aside_, path_, error);
+    CHECK(!error, path_, ": cannot be created: ", error.message());
+  }
   finished_ = true;
 }
 

@@ -13,7 +13,8 @@ namespace graft {
 void copy_model_files(const std::string& model_dir, const std::string& folder, DType dtype,
                       bool tied);
 
-// A directory that is filled aside and takes its place in finish(), or vanishes.
+// A directory that is filled aside and takes its place in finish(), or vanishes, with all that was
+// made on the way to it. An empty one that is there already stays, and gets the files.
 class DirectoryAside {
  public:
   // Throws Error if `path` is there and is no empty directory.
@@ -25,7 +26,8 @@ class DirectoryAside {
 
  private:
   std::string path_, aside_;
-  bool finished_ = false;
+  std::string made_;  // the topmost directory that was not there; empty if only path is new
+  bool was_there_, finished_ = false;
 };
 
 }  // namespace graft

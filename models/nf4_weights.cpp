@@ -7,6 +7,7 @@
 
 #include "tensor/backend.h"
 #include "tensor/blockwise8.h"
+#include "tensor/finite.h"
 #include "tensor/nf4.h"
 
 namespace graft {
@@ -15,12 +16,6 @@ namespace {
 constexpr const char* kState = ".quant_state.bitsandbytes__nf4";
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-bool all_finite(const Tensor& values) {
-  for (const double value : values.to_doubles())
-    if (!(value - value == 0)) return false;
-  return true;
-}
 
 // Scales in 8 bits have scales of their own. Any of the parts tells, lest one that is missing make
 // the others look wrong.

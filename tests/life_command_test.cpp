@@ -292,7 +292,8 @@ TEST_F(Life, LeavesNothingWhereNothingCanBeWritten) {
                               "convert --model model -o out --to mlx --adapter qwen3_tied",
                               "convert --model model -o new/new/out --adapter qwen3_tied",
                               "convert --model model -o out --to gguf --adapter qwen3_tied",
-                              "merge --model model -o out --adapter qwen3_tied"}) {
+                              "merge --model model -o out --adapter qwen3_tied",
+                              "merge --model model -o new/out --adapter qwen3_tied"}) {
     const Outcome outcome = shell(std::string("ulimit -f 4; $GRAFT ") + command);
     EXPECT_EQ(outcome.status, 1) << command;
     EXPECT_NE(outcome.err.find("cannot be written: File too large\n"), std::string::npos)

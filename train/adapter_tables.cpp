@@ -18,21 +18,6 @@ void check_adapter_output(const std::string& command, const std::string& directo
         " holds files already; choose another output directory");
 }
 
-void fill_directory(const std::string& directory, const std::function<void()>& write) {
-  namespace fs = std::filesystem;
-  fs::path topmost;  // of the directories that are not there yet
-  for (fs::path path = fs::absolute(directory).lexically_normal();
-       !fs::exists(fs::symlink_status(path)); path = path.parent_path())
-    topmost = path;
-  try {
-    write();
-  } catch (...) {
-    std::error_code error;
-    if (!topmost.empty()) fs::remove_all(topmost, error);
-    throw;
-  }
-}
-
 BaseOfAdapters::BaseOfAdapters(const std::string& model,
                                const std::vector<WeightedAdapter>& adapters,
                                const AdapterChecks& checks)

@@ -2,7 +2,7 @@
 // table of what was lost.
 #pragma once
 
-#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -14,9 +14,6 @@ namespace graft {
 
 // Throws Error where `directory` holds files already.
 void check_adapter_output(const std::string& command, const std::string& directory);
-
-// Lets `write` fill the directory; if it fails, what was not there before is gone again.
-void fill_directory(const std::string& directory, const std::function<void()>& write);
 
 // The base of adapters that are only rewritten. Every adapter is checked against it as load_adapter
 // does, by its config and fingerprint: no weight is loaded for that.

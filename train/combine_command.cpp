@@ -4,6 +4,7 @@
 #include <filesystem>
 
 #include "models/combine.h"
+#include "models/model_files.h"
 #include "models/weights.h"
 #include "train/adapter_flags.h"
 #include "train/adapter_tables.h"
@@ -63,7 +64,9 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& choi
                             checks);
   const Combined combined =
       method == "cat" ? combine_cat(adapters) : combine_svd(adapters, rank, base.weights());
-  fill_directory(output, [&] { write_adapter(combined.file, output); });
+  DirectoryAside folder(output);
+  write_adapter(combined.file, folder.aside());
+  folder.finish();
   if (method == "svd") print_losses(combined.modules);
   std::printf("saved %s: %zu modules, r %lld%s\n", output.c_str(), combined.modules.size(),
               (long long)combined.file.config.r, method == "cat" ? ", exact" : "");

@@ -5,6 +5,7 @@
 
 #include "models/gguf_adapter.h"
 #include "models/mlx_adapter.h"
+#include "models/model_files.h"
 #include "models/weights.h"
 #include "train/adapter_flags.h"
 #include "train/adapter_tables.h"
@@ -98,17 +99,19 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& choi
   const BaseOfAdapters base(args.count("model") ? args["model"].as<std::string>() : "", one,
                             adapter_checks(args));
   file = reduced(one, base, args, to == "lora");
-  if (to == "gguf")
+  if (to == "gguf") {
     write_gguf_adapter(file, base_config(args, file, "GGUF names the architecture and its heads"),
                        output);
-  else if (to == "mlx")
-    fill_directory(output, [&] {
+  } else {
+    DirectoryAside folder(output);
+    if (to == "mlx")
       write_mlx_adapter(
           file, base_config(args, file, "mlx-lm counts layers from the last").num_hidden_layers,
-          output);
-    });
-  else
-    fill_directory(output, [&] { write_adapter(file, output); });
+          folder.aside());
+    else
+      write_adapter(file, folder.aside());
+    folder.finish();
+  }
   std::printf("saved %s: %zu modules\n", output.c_str(), file.modules.size());
   base.say_if_unchecked();
   return 0;
