@@ -51,6 +51,9 @@ CASES = {
                                         "trainable_token_indices": [50, 51, 9, 30]},
                     {"weight_decay": 0.05}),
 }
+# Eight seeds in a row, for how far bfloat16 is off on average.
+CASES |= {f"seeds/bias_dora_{seed}": ("llama_bias", seed, *CASES["bias_dora"][2:])
+          for seed in range(321, 329)}
 SOME_CLIPPED = ("llama_gqa", "qwen3_tied")  # here the norm crosses the bound
 
 
