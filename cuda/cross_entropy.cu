@@ -65,7 +65,7 @@ __device__ Softmax block_merge(Softmax mine) {
 }
 
 // cross_entropy, rung 3: one block per row, online softmax, 16-byte loads.
-//   the equations of rung 1 (cross_entropy_ladder.cu)
+//   the equations of rung 1, above; rung 2 is in cross_entropy_ladder.cu
 // Shapes    as rung 1; N elements at once where rows allow it, else one.
 // Mapping   block n owns row n; thread i owns chunks i, i + 512, ...
 // Bytes     two reads and one write of NV elements. N=2048, V=151936, BF16: 1.87 GB; the second

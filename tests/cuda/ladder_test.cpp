@@ -163,6 +163,33 @@ TEST_F(Ladder, EveryCrossEntropyKeepsWhatIsNotANumber) {
   }
 }
 
+// The device cannot throw: the loss of such a row is not a number, and the rows beside it are
+// right.
+TEST_F(Ladder, EveryCrossEntropyTellsALabelOutsideTheRow) {
+  const LadderFamily family = family_named("cross_entropy");
+  const Sizes sizes{5, 1003};
+  const LadderProblem problem = family.make(sizes);
+  LadderProblem expected = problem, broken = problem;
+  expected.outputs[0] = problem.outputs[0].clone();
+  expected.outputs[1] = problem.outputs[1].clone();
+  family.reference(expected);
+  const std::vector<double> want = expected.outputs[0].to_doubles();
+  const int32_t* labels = problem.inputs[0].data<int32_t>();
+  broken.inputs[0] = Tensor::from_ints({5}, {labels[0], 1003, labels[2], -1, labels[4]});
+  for (const LadderRung& rung : family.rungs) {
+    LadderProblem device = on_device(broken);
+    family.run(rung.number, device, stream());
+    const std::vector<double> losses = device.outputs[0].to_doubles();
+    for (size_t row = 0; row < 5; ++row) {
+      const std::string where = concat(describe(family, rung, sizes), ", row ", row);
+      if (row % 2)
+        EXPECT_TRUE(std::isnan(losses[row])) << where;
+      else
+        EXPECT_NEAR(losses[row], want[row], 1e-3 * want[row]) << where;
+    }
+  }
+}
+
 TEST_F(Ladder, EveryAttentionIsTheReferences) {
   for (const Sizes& sizes : {Sizes{2, 19, 4, 2, 64}, Sizes{1, 67, 2, 1, 128}}) {
     check_family("attention", sizes, 1, stream());

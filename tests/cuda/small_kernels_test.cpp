@@ -413,6 +413,28 @@ TEST_F(SmallKernels, DropoutKeepsExactlyWhatTheReferenceKeeps) {
   }
 }
 
+// p is the very draw of one element, and "kept when the draw is at least p" keeps that one.
+TEST_F(SmallKernels, DropoutKeepsADrawThatIsTheThreshold) {
+  const DropoutKey key{.seed = 0x123456789abcdef0u, .step = 5, .module = 9, .first_row = 3};
+  const int64_t cols = 16;
+  for (Device where : {Device::CPU, Device::CUDA})
+    for (bool accumulate : {false, true})
+      for (int64_t col = 0; col < cols; ++col) {
+        const uint32_t draw =
+            philox({uint32_t(col / 4), 3, 9, 5},
+                   {uint32_t(key.seed), uint32_t(key.seed >> 32)})[size_t(col % 4)];
+        const double p = draw * 0x1p-32;
+        const Tensor ones =
+            Tensor::from_floats({1, cols}, std::vector<double>(size_t(cols), 1), DType::F32)
+                .to(where);
+        Tensor y = Tensor::from_floats({1, cols}, std::vector<double>(size_t(cols), 0), DType::F32)
+                       .to(where);
+        backend_of(where).dropout(y, ones, p, key, accumulate);
+        EXPECT_FLOAT_EQ(float(y.to_doubles()[size_t(col)]), float(1 / (1 - p)))
+            << device_name(where) << ", column " << col;
+      }
+}
+
 TEST_F(SmallKernels, DropoutRefusesToDropEverything) {
   Inputs in(Device::CUDA, DType::F32, 0);
   Tensor x = in.dense({1, 8}, DType::F32);
