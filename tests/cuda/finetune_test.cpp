@@ -33,6 +33,7 @@ struct Kind {
   std::vector<std::string> modules_to_save = {};
   std::vector<std::string> target_modules = LoraConfig().target_modules;
   std::vector<int64_t> tokens = {};  // trainable_token_indices
+  double learning_rate = 2e-3;
 };
 
 class FinetuneOnCuda : public testing::TestWithParam<Kind> {
@@ -63,7 +64,7 @@ class FinetuneOnCuda : public testing::TestWithParam<Kind> {
     options.lora.target_modules = GetParam().target_modules;
     options.lora.trainable_token_indices = GetParam().tokens;
     options.lora.base_model_name_or_path = options.model;
-    options.learning_rate = 2e-3;
+    options.learning_rate = GetParam().learning_rate;
     options.lr_scheduler_type = Schedule::Type::Constant;
     options.per_device_train_batch_size = 2;
     options.gradient_accumulation_steps = 1;
@@ -112,12 +113,23 @@ INSTANTIATE_TEST_SUITE_P(
                          TrainOptions::Method::Lora,
                          0.1,
                          {"lm_head", "embed_tokens", "norm"}},
+                    Kind{"EmbeddingAndHeadF32",
+                         DType::F32,
+                         TrainOptions::Method::Lora,
+                         0.1,
+                         {},
+                         {"q_proj", "embed_tokens", "lm_head"}},
+                    // At 2e-3 the gradient of lora_embedding_A leaps from 0.7 to 10 at the 17th
+                    // step (in F32, and in PEFT as well: 0.3 to 34, by rows), which no rounding to
+                    // BF16 survives: the F32 run above holds 1e-5 through it, this one is calm.
                     Kind{"EmbeddingAndHeadBF16",
                          DType::BF16,
                          TrainOptions::Method::Lora,
                          0.1,
                          {},
-                         {"q_proj", "embed_tokens", "lm_head"}},
+                         {"q_proj", "embed_tokens", "lm_head"},
+                         {},
+                         5e-4},
                     Kind{"TokensF32",
                          DType::F32,
                          TrainOptions::Method::Lora,
