@@ -62,13 +62,13 @@ class Reader {
     CHECK(!halves_.empty(), file_.path(), ": holds no LoRA tensors (", file_.entries().size(),
           " others); is it the adapter_model.safetensors of a LoRA adapter?");
     for (auto& [module, tensors] : halves_) {
-      const bool embedding = is_embedding(module);
-      CHECK(!tensors[0].empty(), file_.path(), ": tensor '", kPrefix, module,
-            embedding ? kEmbeddingA : kA, "' is missing, but '",
-            tensors[1].empty() ? tensors[2] : tensors[1], "' is there; is the file whole?");
-      CHECK(!tensors[1].empty(), file_.path(), ": tensor '", kPrefix, module,
-            embedding ? kEmbeddingB : kB, "' is missing, but '", tensors[0],
-            "' is there; is the file whole?");
+      const std::string& there = !tensors[0].empty()   ? tensors[0]
+                                 : !tensors[1].empty() ? tensors[1]
+                                                       : tensors[2];
+      for (size_t half : {0, 1})
+        if (tensors[half].empty())
+          fail(file_.path(), ": tensor '", half_name(module, half), "' is missing, but '", there,
+               "' is there; ", misspelt_half(module, half), "is the file whole?");
     }
     std::vector<std::string> names;
     for (const auto& [module, tensors] : halves_) names.push_back(module);
@@ -80,7 +80,7 @@ class Reader {
             halves_[names[i]][0],
             "' has no place: target_modules of adapter_config.json do not "
             "name ",
-            names[i],
+            names[i], nearest_target(names[i]),
             adapter_.config.modules_to_save.empty() ? "" : ", or modules_to_save takes it out",
             "; do the two files belong together?");
       read_module(targets[i]);
@@ -89,6 +89,39 @@ class Reader {
   }
 
  private:
+  static std::string half_name(const std::string& module, size_t half) {
+    const std::string& suffix =
+        is_embedding(module) ? (half ? kEmbeddingB : kEmbeddingA) : (half ? kB : kA);
+    return kPrefix + module + suffix;
+  }
+
+  // What stands in the file instead, perhaps: the same half of a module that has no other.
+  std::string misspelt_half(const std::string& module, size_t half) const {
+    std::vector<std::string> alone;
+    for (const auto& [other, tensors] : halves_)
+      if (tensors[1 - half].empty() && !tensors[half].empty() && other != module)
+        alone.push_back(tensors[half]);
+    const std::string nearest = nearest_name(half_name(module, half), alone);
+    return nearest.empty() ? "" : concat("is it '", nearest, "', misspelt? else ");
+  }
+
+  // Of the names in target_modules, where they are names.
+  std::string nearest_target(const std::string& module) const {
+    const std::string nearest =
+        nearest_name(module.substr(module.rfind('.') + 1), adapter_.config.target_modules);
+    return nearest.empty() ? "" : concat(", their nearest is '", nearest, "'");
+  }
+
+  // Every name that the modules of the file may have.
+  std::vector<std::string> names_with_a_place() const {
+    std::vector<std::string> names;
+    for (const auto& [module, tensors] : halves_) {
+      for (size_t half : {0, 1}) names.push_back(half_name(module, half));
+      if (adapter_.config.use_dora) names.push_back(kPrefix + module + kMagnitude);
+    }
+    return names;
+  }
+
   void sort_names() {
     std::vector<const SafetensorsEntry*> others;
     for (const SafetensorsEntry& entry : file_.entries()) {
@@ -126,12 +159,12 @@ class Reader {
     CHECK(unknown_[0] != kPrefix + kTokenRows, file_.path(), ": tensor '", unknown_[0],
           "' has no place: adapter_config.json has no trainable_token_indices; do the two files "
           "belong together?");
-    std::vector<std::string> known;
-    for (const SafetensorsEntry& entry : file_.entries())
-      if (halves_.contains(module_of(entry.name))) known.push_back(entry.name);
-    const std::string nearest = nearest_name(unknown_[0], known);
-    fail(file_.path(), ": tensor '", unknown_[0], "' has no place in a LoRA adapter",
-         nearest.empty() ? "" : concat("; the nearest that has is '", nearest, "'"),
+    const std::string nearest = nearest_name(unknown_[0], names_with_a_place());
+    fail(file_.path(), ": tensor '", unknown_[0], "' has no place in a LoRA adapter; ",
+         nearest.empty()
+             ? concat("expected names as '", half_name("model.layers.0.self_attn.q_proj", 0),
+                      "', as PEFT's save_pretrained writes them")
+             : concat("the nearest that has is '", nearest, "'"),
          "; the adapter is refused rather than half applied");
   }
 
@@ -152,13 +185,6 @@ class Reader {
     const bool asked =
         !wrapped && name.ends_with(kWeight) && std::any_of(entries.begin(), entries.end(), whole);
     return asked ? module + kWeight : "";
-  }
-
-  static std::string module_of(const std::string& name) {
-    for (const std::string& suffix : {kA, kB, kMagnitude, kEmbeddingA, kEmbeddingB})
-      if (name.starts_with(kPrefix) && name.ends_with(suffix))
-        return name.substr(kPrefix.size(), name.size() - kPrefix.size() - suffix.size());
-    return "";
   }
 
   std::vector<LoraTarget> targets_of(const std::vector<std::string>& names) const {

@@ -235,6 +235,8 @@ std::string violations(const Certificate& certificate, const CertificateLimits& 
   const double difference = certificate.largest_logit > 0
                                 ? certificate.largest_difference / certificate.largest_logit
                                 : std::numeric_limits<double>::quiet_NaN();
+  if (!std::isfinite(difference) || !std::isfinite(certificate.mean_kl))
+    return "logits are not all finite; are weights of the base or an adapter out of range?";
   check(difference <= limits.difference, "logits differ by ", difference, " of the largest (limit ",
         limits.difference, ")");
   check(certificate.mean_kl <= limits.mean_kl, "KL is ", certificate.mean_kl, " (limit ",

@@ -47,6 +47,33 @@ std::vector<Fault> name_faults() {
                "base_model.model.model.layers.0.self_attn.qq_proj" + std::string(half);
          config["target_modules"].push_back("qq_proj");
        }},
+      {"a module that target_modules do not name",
+       {"q_prj.lora_A.weight' has no place", "their nearest is 'q_proj'"},
+       [](Tensors& t, Json&) {
+         for (const char* half : {".lora_A.weight", ".lora_B.weight"})
+           find(t, kQ + half).name =
+               "base_model.model.model.layers.0.self_attn.q_prj" + std::string(half);
+       }},
+      {"misspelt half",
+       {kQ + ".lora_A.weight' is missing",
+        "is it 'base_model.model.model.layers.0.self_attn.qq_proj.lora_A.weight', misspelt?"},
+       [](Tensors& t, Json&) {
+         find(t, kQ + ".lora_A.weight").name =
+             "base_model.model.model.layers.0.self_attn.qq_proj.lora_A.weight";
+       }},
+      {"names with the adapter's own, as in a state_dict",
+       {".lora_A.default.weight' has no place",
+        "expected names as 'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight'"},
+       [](Tensors& t, Json&) {
+         for (NamedTensor& one : t) one.name.insert(one.name.rfind(".weight"), ".default");
+       }},
+      {"DoRA's vector under another name",
+       {kQ + ".lora_magnitude_vector.weight' has no place",
+        "nearest that has is '" + kQ + ".lora_magnitude_vector'"},
+       [](Tensors& t, Json& config) {
+         t.push_back({kQ + ".lora_magnitude_vector.weight", Tensor::zeros({32}, DType::F32)});
+         config["use_dora"] = true;
+       }},
       {"missing A",
        {kQ + ".lora_A.weight' is missing", "is the file whole?"},
        [](Tensors& t, Json&) {

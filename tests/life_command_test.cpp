@@ -217,6 +217,18 @@ TEST_F(Life, MergeKeepsNothingBeyondItsLimit) {
           {"merged is not kept", "logits differ by"});
   refused("merge --model model " + kBoth + "-o merged --dtype bfloat16 --max-kl 1e-12",
           {"merged is not kept", "KL is"});
+  refused("merge --model model --adapter qwen3_tied:1e30 -o merged",
+          {"merged is not kept", "logits are not all finite", "out of range"});
+  write("empty.txt", "");
+  refused("merge --model model " + kBoth + "-o merged --text empty.txt", {"empty.txt: is empty"});
+  refused("merge --model model " + kBoth + "-o ''", {"--output-dir is empty"});
+  fs::copy(path("qwen3_tied"), path("moved"));
+  Json elsewhere = Json::parse(read("moved/adapter_config.json"));
+  elsewhere["base_model_name_or_path"] = "not here/base";
+  write("moved/adapter_config.json", elsewhere.dump());
+  for (const std::string command :
+       {"merge -o merged --adapter moved", "generate --prompt x --adapter moved"})
+    refused(command, {"not here/base: no such directory", "base_model_name_or_path", "--model"});
   ok("merge --model model " + kBoth + "-o merged --dtype bfloat16");
   EXPECT_EQ(ModelConfig::load(path("merged")).dtype, DType::BF16);
   write("text.txt", "some other text");
@@ -357,6 +369,8 @@ TEST_F(Life, RefusesUntrainedAdaptersAndThoseOfAnotherBase) {
                                              "combine -o out --adapter zero"};
   for (const std::string& command : commands) refused(command, {"B is zero in all 14 modules"});
   EXPECT_EQ(ok(kGenerate + "--adapter zero --allow-empty"), ok(kGenerate));
+  refused("train train.yaml --output-dir top --base-adapters zero",
+          {"base_adapters has zero", "B is zero in all 14 modules", "leave it out"});
 
   Json config = Json::parse(read("model/config.json"));
   ok("merge --model model --adapter qwen3_tied -o other");  // another base of the same shape

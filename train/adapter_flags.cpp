@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdlib>
 
+#include "models/weights.h"
 #include "train/options.h"
 
 namespace graft {
@@ -56,6 +57,15 @@ AdapterChecks adapter_checks(const cxxopts::ParseResult& args) {
   checks.allow_other_base = args.count("allow-other-base") > 0;
   checks.allow_empty = args.count("allow-empty") > 0;
   return checks;
+}
+
+std::string find_base(const std::string& name, bool named_by_adapter) {
+  try {
+    return resolve_model(name);
+  } catch (const Error& error) {
+    if (!named_by_adapter) throw;
+    fail(error.what(), " (the adapter's base_model_name_or_path; say where it is with --model)");
+  }
 }
 
 void describe_quantisation_flags(cxxopts::Options& options) {

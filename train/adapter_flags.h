@@ -29,6 +29,9 @@ void describe_adapter_flags(cxxopts::Options& options, const std::string& what);
 const std::set<std::string>& adapter_switches();
 AdapterChecks adapter_checks(const cxxopts::ParseResult& args);  // an empty one is refused
 
+// resolve_model, with an error that tells where a name comes from that nobody typed.
+std::string find_base(const std::string& name, bool named_by_adapter);
+
 // Adds --load-in-4bit, which is a switch, and --bnb-4bit-use-double-quant to the help.
 constexpr const char* kLoadIn4bit = "--load-in-4bit";
 void describe_quantisation_flags(cxxopts::Options& options);

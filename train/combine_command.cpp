@@ -68,8 +68,13 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& choi
   write_adapter(combined.file, folder.aside());
   folder.finish();
   if (method == "svd") print_losses(combined.modules);
-  std::printf("saved %s: %zu modules, r %lld%s\n", output.c_str(), combined.modules.size(),
-              (long long)combined.file.config.r, method == "cat" ? ", exact" : "");
+  const auto [least, most] =
+      std::minmax_element(combined.file.modules.begin(), combined.file.modules.end(),
+                          [](const auto& a, const auto& b) { return a.a.size(0) < b.a.size(0); });
+  const int64_t low = least->a.size(0), high = most->a.size(0);
+  const std::string ranks = low == high ? concat(high) : concat(low, " to ", high);
+  std::printf("saved %s: %zu modules, r %s%s\n", output.c_str(), combined.modules.size(),
+              ranks.c_str(), method == "cat" ? ", exact" : "");
   base.say_if_unchecked();
   return 0;
 }

@@ -122,15 +122,6 @@ void stream(Decoder& model, const Tokenizer& tokenizer, const std::vector<int32_
   put(as_ids ? "\n" : decoder.finish() + "\n");
 }
 
-std::string find_model(const std::string& name, bool named_by_adapter) {
-  try {
-    return resolve_model(name);
-  } catch (const Error& error) {
-    if (!named_by_adapter) throw;
-    fail(error.what(), " (the adapter's base_model_name_or_path; say where it is with --model)");
-  }
-}
-
 int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& adapters) {
   if (!args.unmatched().empty())
     throw UsageError("generate: unexpected argument '" + args.unmatched()[0] +
@@ -154,7 +145,7 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& adap
         if (args.count("device")) std::fprintf(stderr, "graft: %s\n", text.c_str());
       });
 
-  const std::string directory = find_model(name, /*named_by_adapter=*/!args.count("model"));
+  const std::string directory = find_base(name, /*named_by_adapter=*/!args.count("model"));
   const Tokenizer tokenizer = Tokenizer::load(directory);
   GenerationConfig config = GenerationConfig::load(directory);
   if (config.eos_token_ids.empty() && tokenizer.eos_id())

@@ -77,6 +77,8 @@ std::vector<std::vector<int32_t>> rows_of_text(const cxxopts::ParseResult& args,
     CHECK(file && !std::filesystem::is_directory(path), "merge: ", path,
           ": cannot be read; --text names a file");
     text.assign(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
+    // A tokenizer that puts a token in front would find one to compare on.
+    CHECK(!text.empty(), "merge: ", path, ": is empty; --text wants text to compare on");
   }
   const int64_t most =
       args.count("max-tokens")
@@ -134,8 +136,9 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& choi
   std::string name = args.count("model") ? args["model"].as<std::string>() : "";
   if (name.empty()) name = load_adapter_config(choices[0].directory).base_model_name_or_path;
   if (name.empty()) throw UsageError("merge: --model DIR is missing");
-  const std::string model_dir = resolve_model(name);
+  const std::string model_dir = find_base(name, /*named_by_adapter=*/!args.count("model"));
   const std::string output = args["output-dir"].as<std::string>();
+  if (output.empty()) throw UsageError("merge: --output-dir is empty");
   // What the file has, or NF4 makes of it, computed in F32.
   const auto base =
       load_model(model_dir, DType::F32, Device::CPU, quantisation_flags("merge", args));

@@ -203,7 +203,11 @@ std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string&
   AdapterStack stack(*model);
   for (const std::string& text : options.base_adapters) {
     const AdapterChoice base = parse_adapter_choice(text);
-    stack.attach(base.directory, base.weight, {options.allow_other_base, /*allow_empty=*/false});
+    const AdapterFile file = read_adapter(base.directory);
+    CHECK(!file.is_empty(), "train: base_adapters has ", base.directory,
+          ", whose B is zero in all ", file.modules.size(),
+          " modules, so that it changes nothing; leave it out");
+    stack.put_on(file, base.weight, {options.allow_other_base});
   }
   // F16 weights that are used in place have no name among the dtypes to ask for.
   const bool f16 = model->embed_tokens.weight.value().dtype() == DType::F16;
