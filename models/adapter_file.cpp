@@ -62,9 +62,8 @@ class Reader {
     CHECK(!halves_.empty(), file_.path(), ": holds no LoRA tensors (", file_.entries().size(),
           " others); is it the adapter_model.safetensors of a LoRA adapter?");
     for (auto& [module, tensors] : halves_) {
-      const std::string& there = !tensors[0].empty()   ? tensors[0]
-                                 : !tensors[1].empty() ? tensors[1]
-                                                       : tensors[2];
+      const std::string& there = *std::find_if(tensors.begin(), tensors.end(),
+                                               [](const auto& name) { return !name.empty(); });
       for (size_t half : {0, 1})
         if (tensors[half].empty())
           fail(file_.path(), ": tensor '", half_name(module, half), "' is missing, but '", there,
@@ -333,9 +332,9 @@ void check_pairs_alone(const AdapterFile& file, const std::string& what) {
         " cannot keep; graft merge can");
 }
 
-void check_not_empty(const AdapterFile& file) {
+void check_not_empty(const AdapterFile& file, const std::string& way_out) {
   CHECK(!file.is_empty(), file.directory, ": B is zero in all ", file.modules.size(),
-        " modules, so the adapter changes nothing; was it ever trained? --allow-empty takes it");
+        " modules, so the adapter changes nothing; was it ever trained? ", way_out);
 }
 
 void write_adapter(const AdapterFile& file, const std::string& directory) {

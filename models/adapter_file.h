@@ -65,8 +65,9 @@ void check_same_base(const BaseFingerprint& got, const BaseFingerprint& wanted,
 // Throws Error for an adapter that has more than pairs, which `what` cannot keep.
 void check_pairs_alone(const AdapterFile& file, const std::string& what);
 
-// Throws Error for an adapter of which every B is zero.
-void check_not_empty(const AdapterFile& file);
+// Throws Error for an adapter of which every B is zero; its message ends with `way_out`.
+void check_not_empty(const AdapterFile& file,
+                     const std::string& way_out = "--allow-empty takes it");
 
 // Writes both files, each aside and then renamed; F32, replaced parameters in their own dtype. The
 // directory is made if it is not there.

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <map>
 
 #include <span>
@@ -232,11 +231,9 @@ std::string violations(const Certificate& certificate, const CertificateLimits& 
   const auto check = [&](bool holds, const auto&... parts) {
     if (!holds) text += (text.empty() ? "" : ", ") + concat(parts...);
   };
-  const double difference = certificate.largest_logit > 0
-                                ? certificate.largest_difference / certificate.largest_logit
-                                : std::numeric_limits<double>::quiet_NaN();
+  const double difference = certificate.largest_difference / certificate.largest_logit;
   if (!std::isfinite(difference) || !std::isfinite(certificate.mean_kl))
-    return "logits are not all finite; are weights of the base or an adapter out of range?";
+    return "logits are not finite, or all 0; are weights of the base or an adapter out of range?";
   check(difference <= limits.difference, "logits differ by ", difference, " of the largest (limit ",
         limits.difference, ")");
   check(certificate.mean_kl <= limits.mean_kl, "KL is ", certificate.mean_kl, " (limit ",

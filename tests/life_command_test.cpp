@@ -218,7 +218,7 @@ TEST_F(Life, MergeKeepsNothingBeyondItsLimit) {
   refused("merge --model model " + kBoth + "-o merged --dtype bfloat16 --max-kl 1e-12",
           {"merged is not kept", "KL is"});
   refused("merge --model model --adapter qwen3_tied:1e30 -o merged",
-          {"merged is not kept", "logits are not all finite", "out of range"});
+          {"merged is not kept", "logits are not finite, or all 0", "out of range"});
   write("empty.txt", "");
   refused("merge --model model " + kBoth + "-o merged --text empty.txt", {"empty.txt: is empty"});
   refused("merge --model model " + kBoth + "-o ''", {"--output-dir is empty"});
@@ -370,7 +370,7 @@ TEST_F(Life, RefusesUntrainedAdaptersAndThoseOfAnotherBase) {
   for (const std::string& command : commands) refused(command, {"B is zero in all 14 modules"});
   EXPECT_EQ(ok(kGenerate + "--adapter zero --allow-empty"), ok(kGenerate));
   refused("train train.yaml --output-dir top --base-adapters zero",
-          {"base_adapters has zero", "B is zero in all 14 modules", "leave it out"});
+          {"zero: B is zero in all 14 modules", "leave it out of base_adapters"});
 
   Json config = Json::parse(read("model/config.json"));
   ok("merge --model model --adapter qwen3_tied -o other");  // another base of the same shape

@@ -204,9 +204,7 @@ std::unique_ptr<Decoder> prepare_model(TrainOptions& options, const std::string&
   for (const std::string& text : options.base_adapters) {
     const AdapterChoice base = parse_adapter_choice(text);
     const AdapterFile file = read_adapter(base.directory);
-    CHECK(!file.is_empty(), "train: base_adapters has ", base.directory,
-          ", whose B is zero in all ", file.modules.size(),
-          " modules, so that it changes nothing; leave it out");
+    check_not_empty(file, "leave it out of base_adapters");
     stack.put_on(file, base.weight, {options.allow_other_base});
   }
   // F16 weights that are used in place have no name among the dtypes to ask for.
