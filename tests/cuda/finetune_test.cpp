@@ -15,6 +15,10 @@
 #include "train/demo_data.h"
 #include "train/finetune.h"
 
+#if defined(CUDA_EMU)
+#include "cuda/emulator/emulator.h"
+#endif
+
 namespace graft {
 namespace {
 
@@ -85,7 +89,6 @@ class FinetuneOnCuda : public testing::TestWithParam<Kind> {
 
 TEST_P(FinetuneOnCuda, LosesAsTheCpuDoesAndTwiceTheSameBytes) {
   const TrainResult cpu = train(Choice::Cpu, "cpu"), first = train(Choice::Cuda, "first");
-  train(Choice::Cuda, "second");
   const double tolerance = GetParam().dtype == DType::F32 ? 1e-5 : 2e-2;
   ASSERT_EQ(first.losses.size(), size_t(steps()));
   for (size_t i = 0; i < first.losses.size(); ++i) {
@@ -98,6 +101,10 @@ TEST_P(FinetuneOnCuda, LosesAsTheCpuDoesAndTwiceTheSameBytes) {
     EXPECT_LT(first.losses.back(), 0.9 * first.losses.front());
   }
   EXPECT_FALSE(adapter_bytes("first").empty());
+#if defined(CUDA_EMU)
+  if (emu::checks() != emu::Checks::kNone) return;  // a checker sees the same accesses twice
+#endif
+  train(Choice::Cuda, "second");
   EXPECT_EQ(adapter_bytes("first"), adapter_bytes("second"));
 }
 
