@@ -78,15 +78,13 @@ EMU_KINDS   := fast asan race
 EMU_FLAGS   := -std=c++20 -O2 -g -DCUDA_EMU -Icuda/emulator -I. -Wall -Wextra $(WERROR) -Wno-restrict -Wno-unknown-pragmas \
                -fno-strict-aliasing -MMD -MP
 EMU_asan    := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
-EMU_HOST    := cuda/gemm_plan_file.cpp
-EMU_SRC     := $(filter-out %/racecheck.cpp,$(wildcard cuda/emulator/*.cpp)) $(filter-out $(EMU_HOST),$(CUDA_SRC))
+EMU_SRC     := $(filter-out %/racecheck.cpp,$(wildcard cuda/emulator/*.cpp)) $(CUDA_SRC)
 EMU_TESTS   := $(wildcard tests/cuda/*.cpp tests/cuda/*.cu) tests/main.cpp tests/op_cases.cpp bench/cuda_ladder_table.cpp
 EMU_BIN     := $(EMU_KINDS:%=$(EMU)/%/cuda_tests) $(EMU)/fast/graft
-# Tests without kernels, and JSON, are compiled once for all builds (which this is, emu::checks() tells), and what has no
-# kernels once for fast and race.
+# Tests without kernels are compiled once for all builds (which this is, emu::checks() tells), and what has no kernels
+# once for fast and race.
 emu_names    = $(patsubst %.cu,$(EMU)/$(1)/%.cu.o,$(patsubst %.cpp,$(EMU)/$(2)/%.o,$(3)))
-emu_backend  = $(call emu_names,$(1),$(1:race=fast),$(EMU_SRC) $(wildcard cuda/*.cu)) $(EMU_HOST:%.cpp=$(EMU)/host/%.o) \
-               $(if $(filter race,$(1)),$(EMU)/race/cuda/emulator/racecheck.o)
+emu_backend  = $(call emu_names,$(1),$(1:race=fast),$(EMU_SRC) $(wildcard cuda/*.cu)) $(if $(filter race,$(1)),$(EMU)/race/cuda/emulator/racecheck.o)
 emu_tests    = $(call emu_names,$(1),host,$(EMU_TESTS))
 
 .DEFAULT_GOAL := all

@@ -399,6 +399,12 @@ void backward(int rung, const AttentionBackward& b, cudaStream_t stream) {
   });
 }
 
+void check_supported(int rung, const Tensor& q) {
+  CHECK(attention_rung_supports(rung, q), "attention: head_dim is ", q.size(2), " in ",
+        dtype_name(q.dtype()), ", ",
+        rung == 3 ? "rung 3 has 64 and 128 in BF16" : concat("at most ", kMaxHeadDim));
+}
+
 }  // namespace
 
 void attention_delta(Tensor& delta, const Tensor& dout, const Tensor& out, cudaStream_t stream) {
@@ -418,8 +424,7 @@ bool attention_rung_supports(int rung, const Tensor& q) {
 int attention_rung(const Tensor& q) { return attention_rung_supports(3, q) ? 3 : 2; }
 
 void attention_forward_rung(int rung, const AttentionForward& f, cudaStream_t stream) {
-  CHECK(attention_rung_supports(rung, f.q), "attention: variant ", rung, " has no head_dim ",
-        f.q.size(2), " for ", dtype_name(f.q.dtype()), "; at most ", kMaxHeadDim);
+  check_supported(rung, f.q);
   if (rung == 3) return attention_forward_3_mma(f, stream);
   const AttentionSizes n = attention_sizes(f.q, f.k, f.scale);
   dispatch_activation("attention", f.q.dtype(), [&]<class T>(T) {
@@ -441,8 +446,7 @@ void attention_forward_rung(int rung, const AttentionForward& f, cudaStream_t st
 }
 
 void attention_backward_rung(int rung, const AttentionBackward& b, cudaStream_t stream) {
-  CHECK(attention_rung_supports(rung, b.q), "attention: variant ", rung, " has no head_dim ",
-        b.q.size(2), " for ", dtype_name(b.q.dtype()), "; at most ", kMaxHeadDim);
+  check_supported(rung, b.q);
   if (rung == 3) return attention_backward_3_mma(b, stream);
   dispatch_activation("attention", b.q.dtype(), [&]<class T>(T) {
     backward<T, true>(rung, b, stream);

@@ -201,8 +201,7 @@ __global__ void __launch_bounds__(kThreads)
 //   out = sum over slices of exp(m - M) partial / total,   lse = M + log total,   M = max m
 // Shapes    out (Tq, heads, D) F32 or BF16; lse (heads, Tq) F32; the rest as in stage 1.
 // Mapping   block = 8 warps = 8 rows (key head, query, head of the group) of a document; lane l
-// owns
-//           dimensions l, l+32, ... blockIdx.y = document.
+//           owns dimensions l, l+32, ... blockIdx.y = document.
 // Bytes     Tq heads slices D floats read, from L2: 1 MB as above.
 // Roofline  the latency of 64 loads one after the other, some 20 us; far less HBM. Measured: -
 // Numerics  F32; one rounding, at the store. A query that sees no key gives 0 and -inf.

@@ -106,10 +106,13 @@ void CudaBackend::open_cublas(const CublasFunctions& cublas) {
   CHECK(status == CUBLAS_STATUS_SUCCESS, cublas_error("cublasSetStream", status));
   // A workspace of our own: none is allocated behind our back, and with one stream the same product
   // gives the same bytes each time. As large as cuBLAS's documentation recommends for
-  // cublasSetWorkspace: 32 MiB from Hopper on, 4 MiB before.
+  // cublasSetWorkspace: 32 MiB for 9.x and 10.x, 12 MiB for 12.x, 4 MiB before.
   cudaDeviceProp device{};
   CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
-  const int64_t workspace_bytes = int64_t(device.major >= 9 ? 32 : 4) << 20;
+  const int64_t workspace_bytes = int64_t(device.major >= 12  ? 12
+                                          : device.major >= 9 ? 32
+                                                              : 4)
+                                  << 20;
   workspace_ = Tensor::empty({workspace_bytes}, DType::U8, Device::CUDA, Scope::Scratch);
   status = cublas.set_workspace(cublas_, workspace_.raw(), size_t(workspace_bytes));
   CHECK(status == CUBLAS_STATUS_SUCCESS, cublas_error("cublasSetWorkspace", status));

@@ -32,7 +32,8 @@ std::string GemmPlanFile::read() {
       !json.contains("products") || !json["products"].is_object())
     return torn;
   if (json["device"] != device_)
-    return concat("was made for ", json["device"].get<std::string>(), ", this is ", device_);
+    return concat("was made for ", json["device"].dump(-1, ' ', /*ensure_ascii=*/true),
+                  ", this is ", device_);
   if (json["cublaslt"] != version_)
     return concat("was made for cublasLt ", json["cublaslt"].get<uint64_t>(), ", this is ",
                   version_);

@@ -42,15 +42,20 @@ void copy_model_files(const std::string& model_dir, const std::string& folder, D
   }
 }
 
+std::string first_missing(const std::string& path) {
+  fs::path missing;
+  for (fs::path at = fs::absolute(path).lexically_normal(); !fs::exists(at); at = at.parent_path())
+    if (at.has_filename()) missing = at;
+  return missing;
+}
+
 DirectoryAside::DirectoryAside(const std::string& path) : path_(path) {
   while (path_.size() > 1 && path_.ends_with('/')) path_.pop_back();
   was_there_ = fs::exists(path_);
   CHECK(!was_there_ || (fs::is_directory(path_) && fs::is_empty(path_)), path_,
         ": is there already; choose another output directory");
   aside_ = path_ + (was_there_ ? "/.unfinished" : ".unfinished");
-  for (fs::path parent = fs::absolute(path_).lexically_normal().parent_path(); !fs::exists(parent);
-       parent = parent.parent_path())
-    made_ = parent;
+  made_ = first_missing(fs::absolute(path_).lexically_normal().parent_path());
   std::error_code error;
   fs::remove_all(aside_, error);
   fs::create_directories(aside_, error);

@@ -13,6 +13,9 @@ namespace graft {
 void copy_model_files(const std::string& model_dir, const std::string& folder, DType dtype,
                       bool tied);
 
+// The topmost directory on the way to `path`, itself included, that is not there; "" if all are.
+std::string first_missing(const std::string& path);
+
 // A directory that is filled aside and takes its place in finish(), or vanishes, with all that was
 // made on the way to it. An empty one that is there already stays, and gets the files.
 class DirectoryAside {

@@ -174,14 +174,27 @@ void Allocator::release_pool() {
   if (memory_.exact()) release(cached_);
 }
 
+namespace {
+// What to change where there is no room for something of this scope.
+std::string_view advice(Scope scope) {
+  switch (scope) {
+    case Scope::Weights:
+      return "the weights do not fit: take a smaller model, or dtype: bfloat16";
+    case Scope::Adapters:
+    case Scope::Optimizer:
+      return "what is trained does not fit: lower r, name fewer target_modules, take optim: "
+             "adamw_8bit, or dtype: bfloat16";
+    default:
+      return "lower per_device_train_batch_size or max_seq_length (in generation the prompt or "
+             "max_new_tokens), set gradient_checkpointing, or take dtype: bfloat16";
+  }
+}
+}  // namespace
+
 void Allocator::fail_out_of_memory(int64_t size, Scope scope) {
-  const bool weights = scope == Scope::Weights;
-  const std::string text = concat(
-      "out of memory: ", megabytes(size), " more for ", scope_name(scope), "; ", memory_.describe(),
-      " holds\n", table(),
-      weights ? "the weights do not fit: take a smaller model, or dtype: bfloat16"
-              : "lower per_device_train_batch_size or max_seq_length (in generation the prompt or "
-                "max_new_tokens), set gradient_checkpointing, or take dtype: bfloat16");
+  const std::string text =
+      concat("out of memory: ", megabytes(size), " more for ", scope_name(scope), "; ",
+             memory_.describe(), " holds\n", table(), advice(scope));
   if (memory_.is_gpu()) throw OutOfMemory(text);
   fail(text);
 }

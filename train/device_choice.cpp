@@ -35,7 +35,7 @@ UseGemmPlan::UseGemmPlan(const TrainOptions& options, Device device,
     CHECK(!options.tune, "train: tune needs a GPU; use device: cuda, or tune: false");
     return;
   }
-  const std::string path = options.output_dir + "/gemm_plan.json";
+  const std::string path = concat(options.output_dir, "/", kGemmPlanName);
   if (!options.tune && !std::filesystem::exists(path)) return;
   cuda_use_gemm_plan(path, options.tune, say);
   used_ = true;

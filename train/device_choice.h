@@ -17,6 +17,8 @@ Device choose_device(TrainOptions::DeviceChoice choice,
 // "auto", "cpu" or "cuda"; throws UsageError for anything else, in the name of `command`.
 TrainOptions::DeviceChoice read_device_choice(const std::string& command, const std::string& word);
 
+constexpr const char* kGemmPlanName = "gemm_plan.json";
+
 // While it lives, products take the algorithms in output_dir/gemm_plan.json, if it is there, and
 // with `tune` those that it lacks are timed and added. Throws Error for options that need a GPU
 // where `device` is none.

@@ -5,6 +5,7 @@
 #include <filesystem>
 
 #include "autograd/tape.h"
+#include "models/model_files.h"
 #include "models/weights.h"
 #include "tensor/safetensors.h"
 #include "tensor/thread_pool.h"
@@ -37,8 +38,8 @@ class Run {
   TrainResult train();
 
  private:
-  StepOutcome train_step_or_take_back(int64_t step);
   void lay_out_products();
+  void train_steps();
   StepOutcome train_step(int64_t step);
   void compute_step(const StepInputs& inputs, const AdamWStep& adamw);
   bool eval_due(int64_t step) const;
@@ -46,7 +47,7 @@ class Run {
   void evaluate(int64_t step);
   void log_step(int64_t step, const StepOutcome& outcome);
   void begin_output();
-  void take_back_output();
+  void take_back_output();  // so that the same command can be given again
   void save();
   bool interrupted() const { return control_.interrupt && *control_.interrupt; }
 
@@ -63,6 +64,9 @@ class Run {
   TrainerState state_;
   TrainResult result_;
   int64_t first_step_ = 1;    // of this process
+  bool saved_ = false;        // there is a checkpoint
+  bool had_plan_ = false;     // gemm_plan.json was there before
+  std::string made_;          // the topmost directory that was not there
   double train_seconds_ = 0;  // of this process, without evaluations
   double unlogged_seconds_ = 0;
   int64_t unlogged_tokens_ = 0;
@@ -119,15 +123,30 @@ void Run::lay_out_products() {
     parameters_.on_publish([this] { model_->refresh_adapters(); });
 }
 
-// The whole loop. A run that is resumed enters it at the step after its checkpoint.
+// A run that is resumed enters it at the step after its checkpoint. One that runs out of memory
+// with no checkpoint to go on from leaves nothing behind, and neither does what ends the first
+// step.
 TrainResult Run::train() {
   begin_output();
+  try {
+    train_steps();
+  } catch (const OutOfMemory&) {
+    if (!saved_) take_back_output();
+    throw;
+  } catch (...) {
+    if (state_.step == 0) take_back_output();
+    throw;
+  }
+  return result_;
+}
+
+void Run::train_steps() {
   if (eval_due(state_.step) && state_.last_eval_step < state_.step) evaluate(state_.step);
 
   bool stopped = interrupted();
   for (int64_t step = first_step_; step <= schedule_.total_steps && !stopped; ++step) {
     const auto start = Clock::now();
-    const StepOutcome outcome = train_step_or_take_back(step);
+    const StepOutcome outcome = train_step(step);
     const double seconds = seconds_since(start);
 
     train_seconds_ += seconds;
@@ -155,23 +174,19 @@ TrainResult Run::train() {
     report_->line("interrupted before the first step; nothing was saved");
     take_back_output();
   }
-  return result_;
 }
 
-// So that the same command can be given again.
 void Run::take_back_output() {
-  for (const char* name : {"metrics.jsonl", "train_config.yaml"})
-    std::filesystem::remove(options_.output_dir + "/" + name);
-}
-
-// What ends the first step of a run, such as too little memory, leaves nothing behind.
-StepOutcome Run::train_step_or_take_back(int64_t step) {
-  try {
-    return train_step(step);
-  } catch (...) {
-    if (state_.step == 0) take_back_output();
-    throw;
-  }
+  namespace fs = std::filesystem;
+  const fs::path output = options_.output_dir;
+  fs::remove(output / "metrics.jsonl");
+  fs::remove(output / "train_config.yaml");
+  if (!had_plan_) fs::remove(output / kGemmPlanName);
+  if (made_.empty()) return;
+  fs::path directory = fs::absolute(output).lexically_normal();
+  if (!directory.has_filename()) directory = directory.parent_path();
+  std::error_code error;  // one that somebody else has put something into stays
+  while (fs::remove(directory, error) && directory != made_) directory = directory.parent_path();
 }
 
 // One optimizer step. The one place of it where we wait for the device is outcome().
@@ -314,6 +329,10 @@ void Run::begin_output() {
   state_.result_keys = keys;
   first_step_ = state_.step + 1;
 
+  saved_ = checkpoint.has_value();
+  had_plan_ = std::filesystem::exists(std::filesystem::path(options_.output_dir) / kGemmPlanName);
+  made_ = first_missing(options_.output_dir);
+
   std::error_code error;
   std::filesystem::create_directories(options_.output_dir, error);
   CHECK(!error, "output_dir: ", options_.output_dir, " cannot be created: ", error.message());
@@ -326,6 +345,7 @@ void Run::save() {
   save_checkpoint(
       options_.output_dir, state_, parameters_, options_.save_total_limit,
       [&](const std::string& folder) { save_model(*model_, options_, model_dir_, folder); });
+  saved_ = true;
 }
 
 TrainResult run(TrainOptions options, TrainData data, const RunControl& control,

@@ -106,16 +106,16 @@ void put(const std::string& text) {
 }
 
 void stream(Decoder& model, const Tokenizer& tokenizer, const std::vector<int32_t>& prompt,
-            const GenerationConfig& config, bool as_ids) {
+            const GenerationConfig& config, bool as_ids, const std::string& about_device) {
   StreamingDecoder decoder(tokenizer);
   // A text's first space may be special to the decoder: it has to see the prompt before the rest.
   for (const int32_t id : prompt) decoder.push(id);
   bool first = true;
   generate(model, prompt, config, [&](int32_t id) {
-    if (as_ids)
-      put((first ? "" : " ") + std::to_string(id));
-    else
-      put(decoder.push(id));
+    const std::string text =
+        as_ids ? (first ? "" : " ") + std::to_string(id) : std::string(decoder.push(id));
+    put(text);
+    if (first) std::fputs(about_device.c_str(), stderr);
     first = false;
     return true;
   });
@@ -137,13 +137,11 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& adap
   if (args.count("dtype")) dtype = read_dtype(args["dtype"].as<std::string>());
   const Quantisation quantisation = quantisation_flags("generate", args);
 
+  std::string about_device;  // said with the first token: an error is one line
   const Device device = choose_device(
       read_device_choice("generate",
                          args.count("device") ? args["device"].as<std::string>() : "auto"),
-      // Without being asked for a GPU, a build that has none need not speak of it.
-      [&](const std::string& text) {
-        if (args.count("device")) std::fprintf(stderr, "graft: %s\n", text.c_str());
-      });
+      [&](const std::string& text) { about_device = "graft: " + text + "\n"; });
 
   const std::string directory = find_base(name, /*named_by_adapter=*/!args.count("model"));
   const Tokenizer tokenizer = Tokenizer::load(directory);
@@ -169,7 +167,7 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& adap
                  "graft: warning: the prompt has %zu tokens and the model was made for %lld "
                  "(max_position_embeddings); what follows may be poor\n",
                  ids.size(), static_cast<long long>(most));
-  stream(*model, tokenizer, ids, config, args.count("ids") > 0);
+  stream(*model, tokenizer, ids, config, args.count("ids") > 0, about_device);
   return 0;
 }
 

@@ -171,7 +171,7 @@ TEST_F(GemmPlan, LeavesOutThePlanOfAnotherCardOrVersionAndTimesAgain) {
   const std::string of_a = text();
   use(file(), false, "card B");
   EXPECT_EQ(said_,
-            concat("tune: ", file(), " was made for card A, this is card B; it is left out"));
+            concat("tune: ", file(), " was made for \"card A\", this is card B; it is left out"));
   run_one();
   EXPECT_EQ(text(), of_a) << "without tune it is not touched";
   use(file(), true, "card B");

@@ -1,5 +1,6 @@
 // What bench/cuda_ladder_table.cpp makes of a listing of ptxas and of a results file.
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <fstream>
@@ -16,7 +17,8 @@ namespace {
 
 class TextFile {
  public:
-  TextFile(const char* name, const std::string& text) : path_(testing::TempDir() + name) {
+  TextFile(const std::string& name, const std::string& text)
+      : path_(testing::TempDir() + "graft_" + std::to_string(getpid()) + "_" + name) {
     std::ofstream(path_) << text;
   }
   ~TextFile() { std::remove(path_.c_str()); }

@@ -344,17 +344,46 @@ class CudaMemory : public CudaTraining {
 };
 
 TEST_F(CudaMemory, AStepWithoutRoomNamesTheTotalsAndWhatToChange) {
-  const TrainOptions o = options("out", 1);
+  const TrainOptions o = options("new/out", 1);
   const int64_t live = allocator_of(Device::CUDA).stats().live_total;
   const std::string what = error(o, {rows({3000}), {}}, 2);
   for (const char* part : {"out of memory: ", "the GPU, of ", "  weights: ", "  adapters: ",
                            "  optimizer: ", "  activations: ", "  total: ", "max_seq_length",
                            "gradient_checkpointing", "dtype: bfloat16"})
     EXPECT_NE(what.find(part), std::string::npos) << part << " is not in\n" << what;
-  EXPECT_TRUE(fs::is_empty(o.output_dir));
+  EXPECT_FALSE(fs::exists(path("new")));
   EXPECT_EQ(allocator_of(Device::CUDA).stats().live_total, live);
   // And the same with more room.
   EXPECT_EQ(finetune(o, {rows({30}), {}}).steps, 1);
+}
+
+// So that the same command can be given again with more room.
+TEST_F(CudaMemory, ARunThatHasNoCheckpointLeavesNothingBehind) {
+  TrainOptions o = options("new/out/", 3);
+  o.eval_steps = 4;
+  o.tune = cublas_lt_functions() != nullptr;  // a plan is written before memory is out
+  const TrainData in_evaluation{rows({4, 4}), rows({3000})},
+      in_second_step{rows({4, 4, 3000, 3000}), {}};
+  for (const TrainData* data : {&in_evaluation, &in_second_step}) {
+    EXPECT_EQ(error(o, *data, 2).rfind("out of memory: ", 0), 0u);
+    EXPECT_FALSE(fs::exists(path("new")));
+  }
+  write("new/notes.txt", "somebody else's");
+  error(o, in_second_step, 2);
+  EXPECT_EQ(read("new/notes.txt"), "somebody else's");
+  EXPECT_FALSE(fs::exists(path("new/out")));
+  o.save_steps = 1;
+  error(o, in_second_step, 2);
+  for (const char* name : {"checkpoint-1", "metrics.jsonl", "train_config.yaml"})
+    EXPECT_TRUE(fs::exists(path(concat("new/out/", name)))) << name;
+}
+
+TEST_F(CudaMemory, WhatIsTrainedWithoutRoomAsksForALowerRank) {
+  TrainOptions o = options("out", 1);
+  o.lora.r = 2048;
+  const std::string what = error(o, {rows({5}), {}}, 1);
+  for (const char* part : {" more for adapters; ", "lower r", "target_modules", "adamw_8bit"})
+    EXPECT_NE(what.find(part), std::string::npos) << part << " is not in\n" << what;
 }
 
 TEST_F(CudaMemory, WeightsWithoutRoomAskForASmallerModel) {
