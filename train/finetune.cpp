@@ -179,13 +179,14 @@ void Run::train_steps() {
 void Run::take_back_output() {
   namespace fs = std::filesystem;
   const fs::path output = options_.output_dir;
-  fs::remove(output / "metrics.jsonl");
-  fs::remove(output / "train_config.yaml");
-  if (!had_plan_) fs::remove(output / kGemmPlanName);
+  std::error_code error;  // there is one already, and it is that which is told
+  fs::remove(output / "metrics.jsonl", error);
+  fs::remove(output / "train_config.yaml", error);
+  if (!had_plan_) fs::remove(output / kGemmPlanName, error);
   if (made_.empty()) return;
   fs::path directory = fs::absolute(output).lexically_normal();
   if (!directory.has_filename()) directory = directory.parent_path();
-  std::error_code error;  // one that somebody else has put something into stays
+  // One that somebody else has put something into stays.
   while (fs::remove(directory, error) && directory != made_) directory = directory.parent_path();
 }
 

@@ -106,16 +106,16 @@ void put(const std::string& text) {
 }
 
 void stream(Decoder& model, const Tokenizer& tokenizer, const std::vector<int32_t>& prompt,
-            const GenerationConfig& config, bool as_ids, const std::string& about_device) {
+            const GenerationConfig& config, bool as_ids) {
   StreamingDecoder decoder(tokenizer);
   // A text's first space may be special to the decoder: it has to see the prompt before the rest.
   for (const int32_t id : prompt) decoder.push(id);
   bool first = true;
   generate(model, prompt, config, [&](int32_t id) {
-    const std::string text =
-        as_ids ? (first ? "" : " ") + std::to_string(id) : std::string(decoder.push(id));
-    put(text);
-    if (first) std::fputs(about_device.c_str(), stderr);
+    if (as_ids)
+      put((first ? "" : " ") + std::to_string(id));
+    else
+      put(decoder.push(id));
     first = false;
     return true;
   });
@@ -137,7 +137,7 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& adap
   if (args.count("dtype")) dtype = read_dtype(args["dtype"].as<std::string>());
   const Quantisation quantisation = quantisation_flags("generate", args);
 
-  std::string about_device;  // said with the first token: an error is one line
+  std::string about_device;  // said after the text, so that an error is one line
   const Device device = choose_device(
       read_device_choice("generate",
                          args.count("device") ? args["device"].as<std::string>() : "auto"),
@@ -167,7 +167,8 @@ int run(const cxxopts::ParseResult& args, const std::vector<AdapterChoice>& adap
                  "graft: warning: the prompt has %zu tokens and the model was made for %lld "
                  "(max_position_embeddings); what follows may be poor\n",
                  ids.size(), static_cast<long long>(most));
-  stream(*model, tokenizer, ids, config, args.count("ids") > 0, about_device);
+  stream(*model, tokenizer, ids, config, args.count("ids") > 0);
+  std::fputs(about_device.c_str(), stderr);
   return 0;
 }
 
